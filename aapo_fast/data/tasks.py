@@ -1,0 +1,179 @@
+"""Problems: from a reasoning-gym task, a JSONL or parquet file, or a Hugging Face data set.
+
+Held-out problems are the first ones of the source; training takes what follows, less every prompt that is held out.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from aapo_fast.config import DataConfig
+from aapo_fast.types import DataError, Problem
+
+REASONING_GYM = "reasoning_gym:"
+HUB = "hub:"
+
+
+@dataclass(frozen=True)
+class Problems:
+    """The two disjoint sets of a run."""
+
+    train: list[Problem]
+    held_out: list[Problem]
+
+
+def load_problems(config: DataConfig, tokenizer: Any, seed: int) -> Problems:
+    """Read the source, make prompts, set problems aside.
+
+    Args:
+        config: [data].
+        tokenizer: a Hugging Face tokenizer.
+        seed: of generated tasks. The held-out problems do not depend on it, so runs can be compared.
+
+    Raises:
+        DataError: a row, named by file and number, that lacks a column or is too long; too few problems.
+    """
+    held_out: list[Problem] = []
+    seen: set[str] = set()
+    # Generated tasks repeat themselves; ten times as many as asked for is a task that has run out of new problems.
+    for row, columns in islice(_rows(config, seed=0, what="held-out"), 10 * config.held_out):
+        if len(held_out) == config.held_out:
+            break
+        problem = _problem(config, tokenizer, row, columns)
+        if problem.prompt not in seen:
+            seen.add(problem.prompt)
+            held_out.append(problem)
+    if len(held_out) < config.held_out:
+        raise DataError(
+            f"data.source={config.source!r} has only {len(held_out)} different prompts; "
+            f"lower data.held_out={config.held_out}"
+        )
+    train = [
+        problem
+        for row, columns in _rows(config, seed=seed + 1, what="training")
+        if (problem := _problem(config, tokenizer, row, columns)).prompt not in seen
+    ]
+    if not train:
+        raise DataError(
+            f"data.source={config.source!r} has no training problem beside the {config.held_out} held out; "
+            "lower data.held_out or raise data.size"
+        )
+    return Problems(train[: config.size], held_out)
+
+
+def order(num_problems: int, num_draws: int, seed: int) -> list[int]:
+    """Indices of the problems of a whole run: pass after pass, each shuffled."""
+    generator = random.Random(seed)
+    drawn: list[int] = []
+    while len(drawn) < num_draws:
+        epoch = list(range(num_problems))
+        generator.shuffle(epoch)
+        drawn += epoch
+    return drawn[:num_draws]
+
+
+# --- sources: (row name, columns) ------------------------------------------------------------------------------------
+
+Row = tuple[str, dict[str, Any]]
+
+
+def _rows(config: DataConfig, seed: int, what: str) -> Iterator[Row]:
+    if config.source.startswith(REASONING_GYM):
+        return _reasoning_gym_rows(config, seed, what)
+    if config.source.startswith(HUB):
+        rows = _hub_rows(config)
+    else:
+        rows = _file_rows(config.source)
+    return islice(rows, config.held_out + config.size)
+
+
+def _reasoning_gym_rows(config: DataConfig, seed: int, what: str) -> Iterator[Row]:
+    import reasoning_gym
+
+    task = config.source.removeprefix(REASONING_GYM)
+    size = 10 * config.held_out if what == "held-out" else config.size + config.held_out
+    # reasoning-gym seeds entry i of a data set with seed + i; far-apart seeds keep the two streams apart.
+    try:
+        dataset = reasoning_gym.create_dataset(task, size=max(size, 1), seed=seed * 1_000_003, **config.options)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise DataError(f"data.source={config.source!r} with data.options={config.options}: {error}") from error
+    for index in range(size):
+        entry = dataset[index]
+        metadata = {k: v for k, v in entry["metadata"].items() if k not in ("question", "answer")}
+        yield f"{task} {what} problem {index}", {**metadata, **entry, "metadata": entry["metadata"]}
+
+
+def _file_rows(source: str) -> Iterator[Row]:
+    path = Path(source)
+    if not path.is_file():
+        raise DataError(f"data.source={source!r} is no file; give reasoning_gym:TASK, hub:NAME, or a .jsonl / .parquet")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        for index, row in enumerate(pyarrow.parquet.read_table(path).to_pylist()):
+            yield f"{path.name} row {index + 1}", row
+        return
+    if path.suffix != ".jsonl":
+        raise DataError(f"data.source={source!r} must end in .jsonl or .parquet")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path.name} line {number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path.name} line {number} is a JSON {type(row).__name__}; give an object a line")
+            yield f"{path.name} line {number}", row
+
+
+def _hub_rows(config: DataConfig) -> Iterator[Row]:
+    import datasets
+
+    name = config.source.removeprefix(HUB)
+    arguments = {"split": "train", **config.options}
+    try:
+        dataset = datasets.load_dataset(name, **arguments)
+    except Exception as error:  # the library raises a dozen kinds, its own and its transports'
+        raise DataError(f"data.source={config.source!r} with data.options={config.options}: {error}") from error
+    for index, row in enumerate(dataset):
+        yield f"{name} {arguments['split']} row {index}", dict(row)
+
+
+# --- columns to a problem --------------------------------------------------------------------------------------------
+
+
+def _problem(config: DataConfig, tokenizer: Any, row: str, columns: Mapping[str, Any]) -> Problem:
+    if columns.get(config.answer_column) is None:
+        raise DataError(
+            f"{row} has no {config.answer_column!r}; it has {_names(columns)} (set data.answer_column if it is another)"
+        )
+    try:
+        text = config.template.format_map(columns)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{row} does not fit data.template={config.template!r}: {error!r}; it has {_names(columns)}"
+        ) from error
+    if config.chat_template:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+    ids: Sequence[int] = tokenizer(text, add_special_tokens=not config.chat_template).input_ids
+    if not ids:
+        raise DataError(f"{row} makes an empty prompt; look at data.template={config.template!r}")
+    if len(ids) > config.max_prompt_tokens:
+        raise DataError(
+            f"{row} makes a prompt of {len(ids)} tokens, over data.max_prompt_tokens={config.max_prompt_tokens}"
+        )
+    return Problem(row, text, tuple(ids), {**columns, "answer": columns[config.answer_column]})
+
+
+def _names(columns: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(columns))

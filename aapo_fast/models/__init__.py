@@ -1,0 +1,1 @@
+"""Hugging Face causal language models: loading and saving, decoder and head, attention over packed rows."""

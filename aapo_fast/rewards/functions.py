@@ -1,0 +1,117 @@
+"""Reward functions: the ones that are built in, and loading one by import path.
+
+A reward function has TRL's form and is called with one completion at a time, so that what fails, fails alone:
+
+    def my_reward(completions: list[str], prompts: list[str], **columns: list) -> list[float]
+
+``columns`` are the columns of the data set, each a list of one. A bare number is as good as a list of one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+from aapo_fast.config import RewardConfig
+
+RewardFunction = Callable[..., Any]
+
+
+class RewardError(Exception):
+    """A reward function gave no usable value; the text says what it gave."""
+
+
+def load(config: RewardConfig) -> RewardFunction:
+    """The function that [[rewards]] names. Raises whatever its import raises."""
+    if config.function == "format":
+        return _format(config.pattern)
+    if config.function in _BUILTIN:
+        return _BUILTIN[config.function]
+    module, name = config.function.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def call(
+    function: RewardFunction, config: RewardConfig, prompt: str, completion: str, columns: Mapping[str, Any]
+) -> float:
+    """The reward of one completion.
+
+    Raises:
+        RewardError: not one finite number came back.
+        Exception: whatever the function raises.
+    """
+    if config.extract:
+        match = re.search(config.extract, completion, re.DOTALL)
+        completion = "" if match is None else match[match.re.groups and 1]
+    lists = {key: [value] for key, value in columns.items() if key not in ("completions", "prompts")}
+    result = function(completions=[completion], prompts=[prompt], **lists)
+    try:
+        values = list(result)
+    except TypeError:
+        values = [result]
+    if len(values) != 1:
+        raise RewardError(f"returned {len(values)} values for one completion")
+    if values[0] is None:
+        raise RewardError("returned None")
+    value = float(values[0])
+    if not math.isfinite(value):
+        raise RewardError(f"returned {value}")
+    return value
+
+
+def check_answer(config: RewardConfig, columns: Mapping[str, Any]) -> str | None:
+    """What is wrong with the right answer of a data row, for this reward; None when it can be used."""
+    if config.function == "math_verify" and not _parse_gold(str(columns["answer"])):
+        return f"answer {columns['answer']!r} cannot be parsed by math_verify"
+    if config.function == "reasoning_gym" and "source_dataset" not in (columns.get("metadata") or {}):
+        return "there is no metadata.source_dataset; the reward reasoning_gym scores rows of a reasoning_gym source"
+    return None
+
+
+# --- built in --------------------------------------------------------------------------------------------------------
+
+
+def _reasoning_gym(completions: list[str], prompts: list[str], **columns: list[Any]) -> list[float]:
+    """The task's own scorer: 1 for the right answer, the task's partial credit, or 0."""
+    import reasoning_gym
+
+    entry = {key: values[0] for key, values in columns.items()}
+    score = reasoning_gym.get_score_answer_fn(entry["metadata"]["source_dataset"])
+    return [score(completion, entry) for completion in completions]
+
+
+def _math_verify(completions: list[str], prompts: list[str], **columns: list[Any]) -> list[float]:
+    """1 if math-verify finds the completion's final answer equal to the gold answer, else 0."""
+    from math_verify import parse, verify
+
+    gold = _parse_gold(str(columns["answer"][0]))
+    # No time limit of its own: ours ends the whole process, which a hanging simplification cannot ignore.
+    return [
+        float(verify(gold, parse(completion, parsing_timeout=None), timeout_seconds=None)) for completion in completions
+    ]
+
+
+@cache
+def _parse_gold(gold: str) -> Any:
+    from math_verify import parse
+
+    # Bare LaTeX is only read as such between dollars; without, "\frac{1}{2}" would be read as the number 2.
+    text = gold if "$" in gold or "\\boxed" in gold else f"${gold}$"
+    return parse(text, parsing_timeout=None)
+
+
+def _format(pattern: str) -> RewardFunction:
+    """1 if the whole completion matches the regular expression, else 0."""
+    expression = re.compile(pattern, re.DOTALL)
+
+    def matches(completions: list[str], **_: Any) -> list[float]:
+        return [float(expression.fullmatch(completion) is not None) for completion in completions]
+
+    return matches
+
+
+_BUILTIN: dict[str, RewardFunction] = {"reasoning_gym": _reasoning_gym, "math_verify": _math_verify}

@@ -1,0 +1,47 @@
+"""The process in which reward functions run. It serves one request after another until its pipe closes.
+
+A separate process, because a reward function may hang in a way that nothing inside a process can end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from multiprocessing.connection import Connection
+
+from aapo_fast.config import RewardConfig
+from aapo_fast.rewards import functions
+
+
+def main(descriptor: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    os.dup2(2, 1)  # what a reward function prints must not end up in the middle of the progress display's lines
+    pipe = Connection(descriptor)
+    configs: list[RewardConfig] = pipe.recv()
+    try:
+        loaded = [(functions.load(config), config) for config in configs]
+    except BaseException as error:  # the user's module may do anything, sys.exit included
+        pipe.send(f"{type(error).__name__}: {error}")
+        return
+    pipe.send(None)
+    while True:
+        try:
+            request, index, prompt, completion, columns = pipe.recv()
+        except EOFError:  # the trainer has gone
+            return
+        function, config = loaded[index]
+        try:
+            if request == "check":
+                answer: object = functions.check_answer(config, columns)
+            else:
+                answer = functions.call(function, config, prompt, completion, columns)
+        except functions.RewardError as error:
+            answer = str(error)
+        except BaseException as error:
+            answer = f"raised {type(error).__name__}: {error}"
+        pipe.send(answer)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,222 @@
+"""Rollouts by the Hugging Face model that is being trained.
+
+Each prompt is computed once and its KV cache copied for the n completions; rows that are done leave the batch. Tokens
+are drawn by inverting the cumulative distribution with uniforms that belong to the prompt's seed alone, so the samples
+of a prompt do not depend on what else is generated with it.
+
+Letters: P prompts, R rows (sequences being generated), V vocabulary, L prompt length.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aapo_fast.types import FinishReason, Progress, Sample, SamplingParams, UserError, Weights
+
+
+@dataclass
+class _Row:
+    """A completion while it grows."""
+
+    prompt: int
+    uniforms: list[float]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+class HFEngine:
+    """The rollout engine over a live ``transformers`` model; see ``types.RolloutEngine``.
+
+    Args:
+        model: the policy. Its weights are read at each call, so a trainer that updates them in place needs no sync.
+        tokenizer: decodes completions, and says which token ends them.
+        max_batch_size: most sequences generated at once.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, max_batch_size: int = 256) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_batch_size = max_batch_size
+        self.weight_version = 0
+        self._reference: nn.Module | None = None
+        self._eos = _eos_token_ids(model, tokenizer)
+
+    def keep_reference(self) -> None:
+        if self.weight_version != 0:
+            raise RuntimeError("keep_reference: the policy has moved already; call it before the first update")
+        self._reference = copy.deepcopy(self.model).requires_grad_(False)
+
+    def sync_weights(self, version: int) -> None:
+        self.weight_version = version
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        n: int,
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        weights: Weights = "policy",
+        progress: Progress | None = None,
+    ) -> list[list[Sample]]:
+        """See ``types.RolloutEngine.generate``.
+
+        Raises:
+            UserError: an empty prompt.
+        """
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one a prompt")
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise UserError(f"prompt {index} has no tokens; an empty prompt cannot be continued")
+        model, version = self._model(weights)
+        results: list[list[Sample]] = []
+        step = max(1, self.max_batch_size // n)
+        for start in range(0, len(prompts), step):
+            part = slice(start, start + step)
+            rows = self._complete(model, prompts[part], n, sampling, seeds[part])
+            samples = [self._sample(prompts[start + row.prompt], row, version) for row in rows]
+            results += [samples[i : i + n] for i in range(0, len(samples), n)]
+            if progress is not None:
+                progress(len(results), len(prompts))
+        return results
+
+    def _model(self, weights: Weights) -> tuple[nn.Module, int]:
+        if weights == "policy" or self.weight_version == 0:
+            return self.model, self.weight_version
+        if self._reference is None:
+            raise RuntimeError("the reference weights were not kept; call keep_reference before the first update")
+        return self._reference, 0
+
+    def _complete(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+    ) -> list[_Row]:
+        device = next(model.parameters()).device
+        rows = [
+            _Row(prompt, uniforms)
+            for prompt, seed in enumerate(seeds)
+            for uniforms in _uniforms(seed, n, sampling.max_tokens)
+        ]
+        ids, mask = _left_pad(prompts, device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+        logits = out.logits[:, -1]
+        if n > 1:
+            cache.batch_repeat_interleave(n)
+            logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
+        position = mask.sum(1, keepdim=True)
+        live = list(rows)
+        while True:
+            tokens = self._draw(live, logits, sampling)
+            keep = [i for i, row in enumerate(live) if row.finish_reason is None]
+            if not keep:
+                return rows
+            if len(keep) <= 0.75 * len(live):  # fewer rows to compute are worth a copy of the cache
+                index = torch.tensor(keep, device=device)
+                cache.batch_select_indices(index)
+                tokens, mask, position = tokens[index], mask[index], position[index]
+                live = [live[i] for i in keep]
+            mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)
+            out = model(
+                input_ids=tokens[:, None],
+                attention_mask=mask,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits, cache, position = out.logits[:, -1], out.past_key_values, position + 1
+
+    def _draw(self, rows: Sequence[_Row], logits: Tensor, sampling: SamplingParams) -> Tensor:
+        """Extend each unfinished row by a token; (R,) the tokens (any, for finished rows)."""
+        # A finished row may still be in the batch; it has used up its uniforms or does not care.
+        uniforms = torch.tensor(
+            [row.uniforms[min(len(row.tokens), sampling.max_tokens - 1)] for row in rows],
+            dtype=torch.float64,
+            device=logits.device,
+        )
+        tokens, logprobs = draw_tokens(logits, uniforms, sampling.temperature, sampling.top_p)
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            if row.finish_reason is not None:
+                continue
+            row.tokens.append(token)
+            row.logprobs.append(logprob)
+            if token in self._eos or self._hits_stop_string(row.tokens, sampling.stop):
+                row.finish_reason = "stop"
+            elif len(row.tokens) == sampling.max_tokens:
+                row.finish_reason = "length"
+        return tokens
+
+    def _hits_stop_string(self, tokens: list[int], stop: tuple[str, ...]) -> bool:
+        if not stop:
+            return False
+        # Every token is at least a byte, so this tail holds any stop string that the newest token has completed.
+        tail = tokens[-(max(len(s.encode()) for s in stop) + 4) :]
+        text = self.tokenizer.decode(tail)
+        return any(s in text for s in stop)
+
+    def _sample(self, prompt: Sequence[int], row: _Row, version: int) -> Sample:
+        assert row.finish_reason is not None
+        text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
+        return Sample(tuple(prompt), tuple(row.tokens), tuple(row.logprobs), text, row.finish_reason, version)
+
+
+def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """One token a row by inversion, and its log-probability under the distribution it was drawn from.
+
+    Args:
+        logits: (R, V) any floating-point dtype.
+        uniforms: (R,) fp64 in [0, 1); unused when greedy.
+        temperature: 0 is greedy, with the log-probability at temperature 1.
+        top_p: keep the fewest, likeliest tokens whose mass reaches it.
+
+    Returns:
+        (R,) int64 tokens and (R,) fp32 log-probabilities.
+    """
+    if temperature == 0:
+        logprobs = logits.float().log_softmax(-1)
+        tokens = logprobs.argmax(-1)
+    else:
+        logprobs = (logits.float() / temperature).log_softmax(-1)
+        if top_p < 1:
+            ordered, order = logprobs.sort(-1, descending=True)
+            mass_before = ordered.exp().cumsum(-1) - ordered.exp()
+            dropped = torch.zeros_like(mass_before, dtype=torch.bool).scatter(-1, order, mass_before >= top_p)
+            logprobs = logprobs.masked_fill(dropped, float("-inf")).log_softmax(-1)
+        # fp64: in fp32 the sum over a large vocabulary loses the tail.
+        cumulative = logprobs.double().exp().cumsum(-1)
+        point = uniforms[:, None] * cumulative[:, -1:]
+        # right=True passes over tokens of probability zero.
+        tokens = torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+
+
+def _uniforms(seed: int, n: int, max_tokens: int) -> list[list[float]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, max_tokens, generator=generator, dtype=torch.float64).tolist()
+
+
+def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    longest = max(len(p) for p in prompts)
+    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)

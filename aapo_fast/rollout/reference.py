@@ -1,0 +1,110 @@
+"""Rewards of the frozen reference policy, kept in an SQLite file.
+
+The reference never changes, so its rewards are the same random variables all run long: K completions a problem are
+drawn and scored once, and looked up ever after, in this run and in the next. A row is keyed by everything that decides
+it: model, prompt tokens, sampling, seed, and reward functions with the row they were given.
+
+Each problem is committed by itself, in a write-ahead log: a kill at any moment loses at most the problems in flight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from aapo_fast.types import Problem, SamplingParams, UserError
+
+Draw = Callable[[Sequence[Problem], Sequence[int]], list[list[float]]]
+"""(problems, seeds) -> K rewards each; NaN is a missing reward."""
+
+FORMAT_VERSION = 1
+
+
+class ReferenceCache:
+    """K reference rewards a problem.
+
+    Args:
+        path: the SQLite file; made if it is not there.
+        model: digest of the frozen weights.
+        reward_version: digest of the reward functions (``Scorer.version``).
+        sampling: how reference completions are drawn.
+        samples: K.
+        seed: the run's seed.
+
+    Raises:
+        UserError: the file is not such a cache, or cannot be written.
+    """
+
+    def __init__(
+        self, path: Path, *, model: str, reward_version: str, sampling: SamplingParams, samples: int, seed: int
+    ) -> None:
+        self.samples = samples
+        self._seed = seed
+        self._common = json.dumps([model, reward_version, asdict(sampling), samples, seed])
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, timeout=60.0, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            found = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if found not in (0, FORMAT_VERSION):
+                raise UserError(f"reference.cache={path} has format {found}, want {FORMAT_VERSION}; name another file")
+            self._db.execute("CREATE TABLE IF NOT EXISTS rewards (key TEXT PRIMARY KEY, rewards TEXT NOT NULL)")
+            self._db.execute(f"PRAGMA user_version={FORMAT_VERSION}")
+        except (sqlite3.Error, OSError) as error:
+            raise UserError(f"reference.cache={path} cannot be used: {error}; name another file") from error
+
+    def close(self) -> None:
+        self._db.close()
+
+    def seed_of(self, problem: Problem) -> int:
+        """The seed of a problem's reference samples; the same wherever in whichever run the problem comes up."""
+        digest = hashlib.sha256(json.dumps([self._seed, list(problem.prompt_ids)]).encode()).digest()
+        return int.from_bytes(digest[:7], "big")
+
+    def missing(self, problems: Sequence[Problem]) -> list[Problem]:
+        """Those not yet in the cache, each once."""
+        by_key = {self._key(p): p for p in problems}
+        return [p for key, p in by_key.items() if self._get(key) is None]
+
+    def rewards(self, problem: Problem) -> list[float] | None:
+        """K rewards, NaN where one is missing; None if the problem was never drawn."""
+        return self._get(self._key(problem))
+
+    def fill(self, problems: Sequence[Problem], draw: Draw) -> None:
+        """Draw, score and keep what is missing. ``draw`` may be called with a few problems at a time."""
+        todo = self.missing(problems)
+        if not todo:
+            return
+        for problem, rewards in zip(todo, draw(todo, [self.seed_of(p) for p in todo]), strict=True):
+            if len(rewards) != self.samples:
+                raise ValueError(f"{len(rewards)} reference rewards for {problem.row}, want {self.samples}")
+            # json writes NaN as such and reads it back.
+            self._db.execute("INSERT OR REPLACE INTO rewards VALUES (?, ?)", (self._key(problem), json.dumps(rewards)))
+
+    def _get(self, key: str) -> list[float] | None:
+        row = self._db.execute("SELECT rewards FROM rewards WHERE key = ?", (key,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def _key(self, problem: Problem) -> str:
+        columns = json.dumps(problem.columns, sort_keys=True, default=repr)
+        content = json.dumps([self._common, list(problem.prompt_ids), problem.prompt, columns])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def pair(reference: Sequence[float], group_size: int, pairing: str) -> list[float]:
+    """The reference reward that each of G samples is set against.
+
+    Args:
+        reference: K rewards, NaN where missing.
+        group_size: G.
+        pairing: "paired" (sample i with i mod K, as in the paper) or "mean" (all with the reference mean).
+    """
+    if pairing == "paired":
+        return [reference[i % len(reference)] for i in range(group_size)]
+    present = [r for r in reference if r == r]
+    mean = sum(present) / len(present) if present else float("nan")
+    return [mean] * group_size

@@ -1,0 +1,114 @@
+"""The policy under training: model, tokenizer, and the loss of a batch through decoder and fused head."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aapo_fast.config import ModelConfig
+from aapo_fast.data.packing import Weighted, pack, pad
+from aapo_fast.models.head import find_decoder, find_head
+from aapo_fast.models.load import load_model, steers_attention
+from aapo_fast.objectives import AAPO
+from aapo_fast.ops.linear_policy import PolicyLoss, linear_policy_loss
+from aapo_fast.types import Batch, Sample, UserError
+
+LAYOUT_TOLERANCE = 0.05
+"""Largest relative difference of packed and padded hidden states; rounding of 16-bit models stays below it."""
+
+
+class Policy:
+    """A causal language model as the trainer sees it.
+
+    Args:
+        model, tokenizer: from ``models.load``.
+        temperature: sampling temperature, which the loss uses too.
+        implementation: of the fused loss.
+
+    Attributes:
+        packed: whether batches are packed with shared prompts. False where the model's attention cannot be steered, or
+            where it computes something else when it is (recurrent layers, say): then batches are right-padded.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, temperature: float, implementation: str = "auto") -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.decoder, self.head = find_decoder(model), find_head(model)
+        self.device = self.head.weight.device
+        self.temperature, self.implementation = temperature, implementation
+        self.packed = steers_attention(model) and self._packing_is_faithful()
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, temperature: float) -> Policy:
+        """Load the model that [model] names. Raises UserError if it or its device cannot be had."""
+        model, tokenizer = load_model(config.path, getattr(torch, config.dtype), resolve_device(config.device))
+        return cls(model, tokenizer, temperature, config.implementation)
+
+    def batch(self, samples: Sequence[Weighted]) -> Batch:
+        """Tensors of one microbatch, on the model's device."""
+        if self.packed:
+            return pack(samples, self.device)
+        return pad(samples, self.tokenizer.pad_token_id or 0, self.device)
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """(N, H): for each target token the hidden state that predicts it."""
+        if batch.segments:
+            # A prepared 4-D mask makes Transformers build none; the segments are the mask.
+            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+            arguments = {"position_ids": batch.position_ids, "attention_mask": mask, "packing": batch.segments}
+        else:
+            arguments = {"attention_mask": batch.attention_mask}
+        out = self.decoder(input_ids=batch.input_ids, use_cache=False, **arguments).last_hidden_state
+        return out.flatten(0, 1).index_select(0, batch.hidden_index)
+
+    def loss(self, batch: Batch, num_tokens: int) -> PolicyLoss:
+        """AAPO's loss of a microbatch; ``num_tokens`` counts the whole optimizer step."""
+        return linear_policy_loss(
+            self.hidden_states(batch),
+            self.head.weight,
+            batch.targets,
+            AAPO(batch.advantages, batch.sequence_index, num_tokens),
+            implementation=self.implementation,
+            **self.head.arguments(self.temperature),
+        )
+
+    def fingerprint(self) -> str:
+        """A digest of config and weights: the same model, whatever its name and folder."""
+        digest = hashlib.sha256(type(self.model).__name__.encode())
+        for name, tensor in self.model.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def _packing_is_faithful(self) -> bool:
+        vocab = self.head.weight.shape[0]
+        prompts = [tuple(i % vocab for i in ids) for ids in ((5, 3, 9, 4), (7, 2))]
+        samples = [
+            Weighted(Sample(prompt, tuple(t % vocab for t in tokens), (), "", "stop", 0), 1.0)
+            for prompt in prompts
+            for tokens in ((6, 8, 3), (9, 1))
+        ]
+        packed, padded = pack(samples, self.device), pad(samples, 0, self.device)
+        try:
+            ours = self.hidden_states(packed).float()
+        except (TypeError, ValueError, RuntimeError):  # a decoder that takes no position_ids or passes nothing on
+            return False
+        truth = self.hidden_states(padded).float()
+        return bool((ours - truth).norm() <= LAYOUT_TOLERANCE * truth.norm())
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is cuda where there is one. Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"model.device={name!r} is no device; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"model.device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device

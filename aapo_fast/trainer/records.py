@@ -1,0 +1,117 @@
+"""What a run leaves behind: config, metrics, evaluations and samples as JSON lines, a summary."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from aapo_fast.types import UserError
+
+CONFIG, METRICS, EVALUATIONS, SAMPLES, SUMMARY = (
+    "config.json",
+    "metrics.jsonl",
+    "evaluations.jsonl",
+    "samples.jsonl",
+    "summary.json",
+)
+CURVE, MODEL = "curve.png", "model"
+
+
+class RunFolder:
+    """The folder of one run. Each line is flushed when it is written, so a killed run keeps what it measured.
+
+    Args:
+        path: the folder; made if it is not there.
+        overwrite: replace an earlier run's files.
+        tensorboard: write metrics as TensorBoard events too.
+
+    Raises:
+        UserError: an earlier run is there and may not be replaced; the folder cannot be written; no tensorboard.
+    """
+
+    def __init__(self, path: Path, overwrite: bool = False, tensorboard: bool = False) -> None:
+        self.path = path
+        if (path / METRICS).exists() and not overwrite:
+            raise UserError(
+                f"run.folder={str(path)!r} holds an earlier run; name another, or replace it with --run.overwrite true"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            for name in (CONFIG, METRICS, EVALUATIONS, SAMPLES, SUMMARY, CURVE):
+                (path / name).unlink(missing_ok=True)
+            (path / METRICS).touch()
+        except OSError as error:
+            raise UserError(f"run.folder={str(path)!r} cannot be written: {error.strerror or error}") from error
+        self._board: Any = _summary_writer(path) if tensorboard else None
+
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file, whole or not at all."""
+        scratch = self.path / f".{name}"
+        scratch.write_text(json.dumps(_without_nan(content), indent=2) + "\n", encoding="utf-8")
+        os.replace(scratch, self.path / name)
+
+    def append(self, name: str, line: Mapping[str, Any]) -> None:
+        """Append a line of JSON; numbers of metrics and evaluations go to TensorBoard too. NaN is written as null."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_without_nan(line), ensure_ascii=False) + "\n")
+        if self._board is not None and name in (METRICS, EVALUATIONS):
+            for key, value in flatten(line).items():
+                if isinstance(value, (int, float)) and key != "step":
+                    self._board.add_scalar(f"{Path(name).stem}/{key}", value, line["step"])
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file; a last line cut short by a kill is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables to one, with keys joined by a slash."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+class Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN and infinity to None: JSON has neither."""
+    if isinstance(value, Mapping):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _summary_writer(path: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("run.tensorboard=true needs the package tensorboard: pip install tensorboard") from error
+    return SummaryWriter(str(path))

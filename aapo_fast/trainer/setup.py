@@ -1,0 +1,109 @@
+"""Everything a run needs, built from its config in the order in which mistakes are cheapest to report."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from aapo_fast.config import Config, ConfigError, to_dict
+from aapo_fast.data.tasks import Problems, load_problems, order
+from aapo_fast.models.load import cache_folder
+from aapo_fast.rewards.scorer import Scorer
+from aapo_fast.rollout.hf import HFEngine
+from aapo_fast.rollout.reference import ReferenceCache
+from aapo_fast.trainer.display import Display
+from aapo_fast.trainer.policy import Policy
+from aapo_fast.trainer.records import CONFIG, RunFolder
+from aapo_fast.trainer.step import make_optimizer
+from aapo_fast.types import Problem, RolloutEngine, SamplingParams
+
+
+@dataclass
+class Run:
+    """The parts of a run; ``schedule`` holds the problems of each step."""
+
+    config: Config
+    display: Display
+    folder: RunFolder
+    policy: Policy
+    engine: RolloutEngine
+    scorer: Scorer
+    problems: Problems
+    schedule: list[list[Problem]]
+    sampling: SamplingParams
+    optimizer: torch.optim.Optimizer
+    cache: ReferenceCache | None
+
+
+@contextmanager
+def prepare(config: Config, display: Display) -> Iterator[Run]:
+    """Load and check everything; on leaving, end the reward process and close the cache.
+
+    Raises:
+        UserError: what cannot be used, in one line.
+    """
+    torch.manual_seed(config.run.seed)
+    with ExitStack() as stack:
+        folder = RunFolder(Path(config.run.folder), config.run.overwrite, config.run.tensorboard)
+        folder.write(CONFIG, to_dict(config))
+        scorer = stack.enter_context(Scorer(config.rewards, config.scoring))  # starts while the model loads
+        display.note(f"loading {config.model.path}")
+        policy = Policy.from_config(config.model, config.rollout.temperature)
+        problems = load_problems(config.data, policy.tokenizer, config.run.seed)
+        with display.progress("checking answers") as progress:
+            scorer.check([*problems.held_out, *problems.train], progress)
+        sampling = sampling_params(config)
+        cache = open_cache(config, policy, scorer, sampling) if config.reference.mode == "cached" else None
+        if cache is not None:
+            stack.callback(cache.close)
+        yield Run(
+            config=config,
+            display=display,
+            folder=folder,
+            policy=policy,
+            engine=HFEngine(policy.model, policy.tokenizer, config.rollout.max_batch_size),
+            scorer=scorer,
+            problems=problems,
+            schedule=make_schedule(config, problems.train),
+            sampling=sampling,
+            optimizer=make_optimizer(policy, config.train),
+            cache=cache,
+        )
+
+
+def sampling_params(config: Config) -> SamplingParams:
+    """[rollout] as the engine takes it."""
+    rollout = config.rollout
+    return SamplingParams(rollout.temperature, rollout.top_p, rollout.max_tokens, tuple(rollout.stop))
+
+
+def make_schedule(config: Config, train: list[Problem]) -> list[list[Problem]]:
+    """The problems of every step, decided before the first: so the reference can be drawn ahead of it."""
+    width = config.rollout.prompts_per_step
+    if len(train) < width:
+        raise ConfigError(f"rollout.prompts_per_step={width} exceeds the {len(train)} training problems")
+    drawn = order(len(train), config.train.steps * width, config.run.seed)
+    return [[train[i] for i in drawn[s * width : (s + 1) * width]] for s in range(config.train.steps)]
+
+
+def open_cache(config: Config, policy: Policy, scorer: Scorer, sampling: SamplingParams) -> ReferenceCache:
+    """The reference cache of this model, sampling, seed and rewards."""
+    return ReferenceCache(
+        Path(config.reference.cache) if config.reference.cache else cache_folder() / "reference.sqlite",
+        model=policy.fingerprint(),
+        reward_version=scorer.version(),
+        sampling=sampling,
+        samples=config.reference.samples,
+        seed=config.run.seed,
+    )
+
+
+def rollout_seed(run_seed: int, step: int, index: int) -> int:
+    """The seed of problem ``index`` of a step; unrelated to that of any other."""
+    digest = hashlib.sha256(f"{run_seed}/{step}/{index}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")

@@ -1,0 +1,88 @@
+"""One optimizer step: microbatches under one global denominator, clipping, a guard against non-finite gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from aapo_fast.config import TrainConfig
+from aapo_fast.data.packing import Weighted, microbatches
+from aapo_fast.trainer.policy import Policy
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did.
+
+    Attributes:
+        loss: the objective, over all tokens of the step.
+        entropy: mean over trained tokens, in nats; NaN if none was trained.
+        grad_norm: before clipping.
+        trained_tokens: completion tokens with a weight other than zero.
+        updated: False if the weights stayed as they were: no token had a weight, or the gradient was not finite.
+        finite: False if loss or gradient was NaN or infinite.
+    """
+
+    loss: float
+    entropy: float
+    grad_norm: float
+    trained_tokens: int
+    updated: bool
+    finite: bool
+
+
+def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over all parameters; decay, where wanted, on matrices only."""
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Learning rate of step 0, 1, ...: linear warm-up, then the schedule down to its floor at the last step's end."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    share = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[config.schedule]
+    floor = config.min_learning_rate_ratio
+    return config.learning_rate * (floor + (1.0 - floor) * share)
+
+
+def optimizer_step(
+    policy: Policy, optimizer: torch.optim.Optimizer, samples: Sequence[Weighted], config: TrainConfig, lr: float
+) -> StepResult:
+    """Accumulate the gradient of all samples and apply it.
+
+    The denominator is the completion tokens of all ``samples``, those without weight included; samples without weight
+    are then left out of the forward pass, since nothing depends on them.
+    """
+    num_tokens = sum(len(w.sample.token_ids) for w in samples)
+    live = [w for w in samples if w.advantage != 0.0]
+    loss, entropy, trained = 0.0, 0.0, 0
+    for part in microbatches(live, config.max_microbatch_tokens):
+        out = policy.loss(policy.batch(part), num_tokens)
+        out.loss.backward()
+        loss += out.loss.item()
+        entropy += out.entropy.sum().item()
+        trained += out.entropy.numel()
+    if not trained:
+        return StepResult(0.0, math.nan, 0.0, 0, updated=False, finite=True)
+    limit = config.max_grad_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), limit).item()
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss, entropy / trained, norm, trained, updated=finite, finite=finite)

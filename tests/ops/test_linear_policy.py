@@ -1,0 +1,312 @@
+"""The fused pass against the plain truth, in float64 and in the dtypes people use. Errors are relative."""
+
+import math
+
+import pytest
+import torch
+
+import aapo_fast as af
+from aapo_fast.ops.linear_policy import chunked
+
+SHAPES = [(1, 8, 11), (37, 16, 101), (64, 24, 257)]
+VARIANTS = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "softcap": {"softcap": 5.0},
+    "softcap and temperature": {"softcap": 5.0, "temperature": 1.3},
+    "bias": {"bias": True},
+    "everything": {"bias": True, "softcap": 8.0, "temperature": 0.6},
+}
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-300)).item()
+
+
+def problem(n, h, v, dtype=torch.float64, seed=0, scale=1.0, bias=False):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, h, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = (torch.randn(v, h, generator=g, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+    targets = torch.randint(v, (n,), generator=g)
+    b = torch.randn(v, generator=g, dtype=torch.float64).to(dtype).requires_grad_() if bias else None
+    return hidden, weight, targets, b
+
+
+def sequences(n, b=5, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    advantages = torch.randn(b, generator=g, dtype=torch.float64)
+    if b > 2:
+        advantages[2] = 0.0
+    return advantages, torch.randint(b, (n,), generator=g)
+
+
+def objectives(n):
+    advantages, index = sequences(n)
+    old = torch.randn(n, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 0.3 - 4
+
+    def entropy_bonus(tokens):
+        return -(tokens.logps * 0.3 + 0.1 * tokens.entropy**2) * (1 + tokens.rows)
+
+    return {
+        "aapo": af.AAPO(advantages, index, 17.0),
+        "grpo": af.GRPO(advantages, index, 17.0),
+        "grpo off-policy": af.GRPO(advantages, index, 17.0, old_logps=old, clip_high=0.28),
+        "sft": af.SFT(9.0),
+        "weighted sft": af.SFT(9.0, weights=torch.arange(n) % 3 * 1.0),
+        "user's, with entropy": entropy_bonus,
+    }
+
+
+def run(implementation, inputs, objective, upstream=1.0, **options):
+    hidden, weight, targets, bias = (t.detach().clone().requires_grad_(t.requires_grad) if t is not None else None
+                                     for t in inputs)  # fmt: skip
+    if bias is not None:
+        options["bias"] = bias
+    out = af.linear_policy_loss(hidden, weight, targets, objective, implementation=implementation, **options)
+    (out.loss * upstream).backward()
+    return out, [t.grad for t in (hidden, weight, bias) if t is not None]
+
+
+@pytest.mark.parametrize("name", list(objectives(4)))
+@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_torch_equals_reference_in_float64(shape, variant, name, monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 7 * 8 * shape[2])  # seven rows a chunk: several, and a remainder
+    options = dict(VARIANTS[variant])
+    inputs = problem(*shape, bias=options.pop("bias", False))
+    objective = objectives(shape[0])[name]
+    truth, true_grads = run("reference", inputs, objective, upstream=1.7, **options)
+    ours, grads = run("torch", inputs, objective, upstream=1.7, **options)
+    assert relative(ours.loss, truth.loss) < 1e-12
+    assert torch.equal(ours.logps.isnan(), truth.logps.isnan())
+    assert relative(ours.logps.nan_to_num(), truth.logps.nan_to_num()) < 1e-12
+    assert relative(ours.entropy.nan_to_num(), truth.entropy.nan_to_num()) < 1e-12
+    for grad, true_grad in zip(grads, true_grads, strict=True):
+        assert relative(grad, true_grad) < 1e-12 or true_grad.norm() == 0 == grad.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [0.3, 3.0], ids=["flat rows", "peaked rows"])
+def test_error_against_float64_is_the_rounding_of_the_result(dtype, scale):
+    """Same inputs in float64 are the truth; the bar for low precision is that truth rounded once to the dtype."""
+    inputs = problem(96, 64, 997, dtype=dtype, scale=scale)
+    advantages, index = sequences(96)
+    objective = af.AAPO(advantages, index, 96.0)
+    wide = [t.detach().double().requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs]
+    truth, true_grads = run("reference", wide, objective)
+    ours, grads = run("torch", inputs, objective)
+    _, eager_grads = run("reference", inputs, objective)
+    for grad, true_grad, eager in zip(grads, true_grads, eager_grads, strict=True):
+        assert grad.dtype == dtype
+        floor = relative(true_grad.to(dtype), true_grad)
+        eager_error = relative(eager, true_grad)
+        assert relative(grad, true_grad) <= 1.1 * max(floor, eager_error)
+        if dtype != torch.float32:
+            assert relative(grad, true_grad) <= 1.1 * floor
+    live = ~truth.logps.isnan()
+    assert relative(ours.logps[live], truth.logps[live]) < 2e-6
+    assert ours.logps.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shift", [-200.0, 1000.0])
+def test_shifted_logits(shift):
+    hidden, weight, targets, _ = problem(20, 8, 50, dtype=torch.float32)
+    bias = torch.full((50,), shift)
+    plain = af.linear_policy_loss(hidden, weight, targets, af.SFT(20.0))
+    moved = af.linear_policy_loss(hidden, weight, targets, af.SFT(20.0), bias=bias)
+    # a logit near 1000 has an fp32 spacing of 6e-5, which is the error that any method inherits from its inputs
+    assert torch.allclose(plain.logps, moved.logps, atol=3e-4, rtol=0)
+
+
+def test_token_ruled_out_by_an_infinite_bias():
+    hidden, weight, targets, bias = problem(9, 8, 21, bias=True)
+    bias = bias.detach()
+    bias[20] = -math.inf
+    targets = targets.clamp(max=19)
+    objective = objectives(9)["user's, with entropy"]
+    truth, true_grads = run("reference", (hidden, weight, targets, bias), objective)
+    ours, grads = run("torch", (hidden, weight, targets, bias), objective)
+    assert truth.entropy.isfinite().all()
+    assert relative(ours.entropy, truth.entropy) < 1e-12
+    for grad, true_grad in zip(grads[:2], true_grads[:2], strict=True):
+        assert relative(grad, true_grad) < 1e-12
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_logprobs_take_any_upstream_gradient(variant, monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 7 * 8 * 101)
+    options = dict(VARIANTS[variant])
+    inputs = problem(37, 16, 101, bias=options.pop("bias", False))
+    inputs[2][5] = -100
+    g = torch.Generator().manual_seed(9)
+    up_logps, up_entropy = torch.randn(2, 37, generator=g, dtype=torch.float64)
+    grads = {}
+    for implementation in ("reference", "torch"):
+        hidden, weight, targets, bias = (t.detach().clone().requires_grad_(t.requires_grad) if t is not None else None
+                                         for t in inputs)  # fmt: skip
+        extra = {} if bias is None else {"bias": bias}
+        res = af.linear_logprobs(hidden, weight, targets, implementation=implementation, **extra, **options)
+        assert res.logps[5] == 0 == res.entropy[5]
+        (res.logps @ up_logps + res.entropy @ up_entropy).backward()
+        grads[implementation] = [res.logps, res.entropy] + [t.grad for t in (hidden, weight, bias) if t is not None]
+    for ours, truth in zip(grads["torch"], grads["reference"], strict=True):
+        assert relative(ours, truth) < 1e-12
+    assert grads["torch"][2][5].norm() == 0
+
+
+def test_gradients_by_finite_differences():
+    hidden, weight, targets, bias = problem(6, 5, 9, bias=True)
+
+    def both(hidden, weight, bias):
+        res = af.linear_logprobs(hidden, weight, targets, bias=bias, softcap=4.0, temperature=0.8)
+        return res.logps, res.entropy
+
+    assert torch.autograd.gradcheck(both, (hidden, weight, bias))
+
+
+def test_rows_without_weight_cost_nothing_and_can_be_asked_for(monkeypatch):
+    visited = []
+    real = chunked.products.head_products
+    monkeypatch.setattr(chunked.products, "head_products", lambda x, w, out: visited.append(len(x)) or real(x, w, out))
+    hidden, weight, targets, _ = problem(40, 8, 31)
+    advantages, index = torch.tensor([0.0, 1.0, 0.0, -2.0]), torch.arange(40) % 4
+    objective = af.AAPO(advantages, index, 40.0)
+    out = af.linear_policy_loss(hidden, weight, targets, objective)
+    assert sum(visited) == 20
+    assert torch.equal(out.logps.isnan(), advantages[index] == 0)
+    every = af.linear_policy_loss(hidden, weight, targets, objective, all_logps=True)
+    assert sum(visited) == 60 and not every.logps.isnan().any()
+    assert torch.equal(every.logps[index == 1], out.logps[index == 1])
+    assert relative(every.loss, out.loss) < 1e-14
+
+
+@pytest.mark.parametrize("rows", ["no rows", "no weight", "no target"])
+def test_nothing_to_do_gives_zero_loss_and_zero_gradients(rows):
+    n = 0 if rows == "no rows" else 6
+    hidden, weight, targets, _ = problem(n, 8, 31)
+    if rows == "no target":
+        targets.fill_(-100)
+    advantage = 0.0 if rows == "no weight" else 1.0
+    out = af.linear_policy_loss(
+        hidden, weight, targets, af.AAPO(torch.tensor([advantage]), torch.zeros(n, dtype=torch.int64), 5.0)
+    )
+    out.loss.backward()
+    assert out.loss.item() == 0.0 and out.logps.shape == (n,)
+    assert hidden.grad.shape == (n, 8) and hidden.grad.norm() == 0 == weight.grad.norm()
+
+
+def test_chunk_size_and_row_order_do_not_matter(monkeypatch):
+    inputs = problem(50, 16, 101)
+    advantages, index = sequences(50)
+    whole, grads = run("torch", inputs, af.AAPO(advantages, index, 50.0))
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(4))
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 1)
+    hidden, weight, targets, _ = inputs
+    shuffled = (hidden.detach()[order].requires_grad_(), weight, targets[order], None)
+    other, other_grads = run("torch", shuffled, af.AAPO(advantages, index[order], 50.0))
+    assert relative(other.loss, whole.loss) < 1e-13
+    assert relative(other_grads[0], grads[0][order]) < 1e-13
+    assert relative(other_grads[1], grads[1]) < 1e-13
+
+
+def test_any_cut_into_microbatches_gives_the_gradient_of_one_batch():
+    hidden, weight, targets, _ = problem(48, 16, 101)
+    advantages, index = sequences(48)
+    _, (_, whole) = run("torch", (hidden, weight, targets, None), af.AAPO(advantages, index, 48.0))
+    for cuts in ([48], [1, 47], [16, 16, 16], [5, 0, 20, 23]):
+        weight.grad = None
+        start = 0
+        for size in cuts:
+            part = slice(start, start + size)
+            objective = af.AAPO(advantages, index[part], 48.0)
+            af.linear_policy_loss(hidden[part], weight, targets[part], objective).loss.backward()
+            start += size
+        assert relative(weight.grad, whole) < 1e-13
+
+
+def test_frozen_operands_get_no_gradient_and_no_work(monkeypatch):
+    hidden, weight, targets, _ = problem(10, 8, 31)
+    monkeypatch.setattr(chunked.products, "add_weight_gradient", lambda *a: pytest.fail("dW of a frozen weight"))
+    af.linear_policy_loss(hidden, weight.detach(), targets, af.SFT(10.0)).loss.backward()
+    assert hidden.grad.norm() > 0
+    monkeypatch.setattr(chunked.products, "hidden_gradient", lambda *a: pytest.fail("dX of frozen states"))
+    with torch.no_grad():
+        assert not af.linear_policy_loss(hidden, weight, targets, af.SFT(10.0)).loss.requires_grad
+
+
+def test_noncontiguous_hidden_and_mixed_dtypes():
+    hidden, weight, targets, _ = problem(12, 8, 31, dtype=torch.float32)
+    strided = torch.stack([hidden.detach()] * 2, dim=1)[:, 0].requires_grad_()
+    assert not strided.is_contiguous()
+    low = weight.detach().bfloat16().requires_grad_()
+    out = af.linear_policy_loss(strided, low, targets, af.SFT(12.0))
+    out.loss.backward()
+    truth = af.linear_policy_loss(hidden, low.detach().float(), targets, af.SFT(12.0), implementation="reference")
+    truth.loss.backward()
+    assert relative(out.loss, truth.loss) < 1e-6 and relative(strided.grad, hidden.grad) < 1e-5
+    assert low.grad.dtype == torch.bfloat16
+
+
+def bad(match, error=ValueError, **changes):
+    return pytest.param(changes, match, error, id=match[:40])
+
+
+@pytest.mark.parametrize(
+    ("changes", "match", "error"),
+    [
+        bad(r"hidden has shape \(4, 9\), weight has \(10, 8\)", hidden=torch.randn(4, 9)),
+        bad(r"targets has shape \(3,\)", targets=torch.zeros(3, dtype=torch.int64)),
+        bad("dtype torch.int32", targets=torch.zeros(4, dtype=torch.int32)),
+        bad(r"targets\[2\] is 10, outside \[0, 10\)", targets=torch.tensor([0, 1, 10, 11])),
+        bad(r"targets\[0\] is -1", targets=torch.tensor([-1, 1, 1, 1])),
+        bad("weight has dtype torch.int64", weight=torch.ones(10, 8, dtype=torch.int64)),
+        bad(r"bias has shape \(8,\)", bias=torch.randn(8)),
+        bad("temperature=0", temperature=0.0),
+        bad("temperature=nan", temperature=math.nan),
+        bad("softcap=-1", softcap=-1.0),
+        bad("backward='sparse'", backward="sparse"),
+        bad("implementation='cuda' is unknown", implementation="cuda"),
+        bad("implementation='triton' is not available on cpu", RuntimeError, implementation="triton"),
+        bad("weight is on meta", weight=torch.randn(10, 8, device="meta")),
+        bad("one loss a row", objective=lambda tokens: tokens.logps.sum()),
+        bad("objective covers", objective=af.AAPO(torch.ones(1), torch.zeros(5, dtype=torch.int64), 4.0)),
+    ],
+)
+def test_refusals(changes, match, error):
+    args = {"hidden": torch.randn(4, 8), "weight": torch.randn(10, 8), "targets": torch.zeros(4, dtype=torch.int64)}
+    args |= {"objective": af.SFT(4.0)} | changes
+    with pytest.raises(error, match=match):
+        af.linear_policy_loss(**args)
+
+
+def test_objectives_refuse_what_does_not_fit():
+    index = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"num_tokens=0"):
+        af.SFT(0)
+    with pytest.raises(ValueError, match=r"spans 0..3 but advantages has 2 sequences"):
+        af.AAPO(torch.ones(2), torch.arange(4), 4.0)
+    with pytest.raises(ValueError, match=r"advantages has shape \(2, 2\)"):
+        af.AAPO(torch.ones(2, 2), index, 4.0)
+    with pytest.raises(ValueError, match=r"old_logps has shape \(3,\)"):
+        af.GRPO(torch.ones(1), index, 4.0, old_logps=torch.zeros(3))
+    with pytest.raises(ValueError, match="clip_low=1.5"):
+        af.GRPO(torch.ones(1), index, 4.0, clip_low=1.5)
+
+
+def test_grpo_on_policy_has_the_gradient_of_aapo():
+    inputs = problem(30, 8, 41)
+    advantages, index = sequences(30)
+    _, aapo = run("torch", inputs, af.AAPO(advantages, index, 30.0))
+    _, grpo = run("torch", inputs, af.GRPO(advantages, index, 30.0))
+    for a, b in zip(aapo, grpo, strict=True):
+        assert relative(a, b) < 1e-13
+
+
+def test_a_clipped_token_has_no_gradient():
+    hidden, weight, targets, _ = problem(1, 8, 41)
+    logp = af.linear_logprobs(hidden, weight, targets).logps.detach()
+    for advantage, old, moves in ((1.0, logp - 1, False), (1.0, logp + 1, True), (-1.0, logp + 1, False)):
+        hidden.grad = None
+        objective = af.GRPO(torch.tensor([advantage]), torch.zeros(1, dtype=torch.int64), 1.0, old_logps=old)
+        af.linear_policy_loss(hidden, weight, targets, objective).loss.backward()
+        assert (hidden.grad.norm() > 0) == moves
