@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import sys
 import types
 import typing
@@ -132,9 +133,7 @@ class TrainConfig:
 
     steps: int = option(100, "optimizer steps")
     learning_rate: float = option(1e-6, "peak learning rate of AdamW")
-    schedule: Literal["constant", "linear", "cosine"] = option(
-        "cosine", "after warm-up, down to min_learning_rate_ratio"
-    )
+    schedule: Literal["constant", "linear", "cosine"] = option("cosine", "learning rate after the warm-up")
     warmup_steps: int = option(0, "steps of linear warm-up")
     min_learning_rate_ratio: float = option(0.0, "learning rate at the end, as a share of the peak")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay")
@@ -203,11 +202,10 @@ def describe() -> Iterator[tuple[str, str, str, str]]:
         kind = typing.get_type_hints(Config)[layer.name]
         many = typing.get_origin(kind) is list
         cls = typing.get_args(kind)[0] if many else kind
-        hints = typing.get_type_hints(cls)
+        hints, defaults = typing.get_type_hints(cls), cls()
         for f in dataclasses.fields(cls):
-            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
             key = f"{layer.name}.0.{f.name}" if many else f"{layer.name}.{f.name}"
-            yield key, _type_name(hints[f.name]), repr(default), f.metadata["help"]
+            yield key, _type_name(hints[f.name]), repr(getattr(defaults, f.name)), f.metadata["help"]
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -325,22 +323,25 @@ def _check(c: Config) -> None:
     for key, (value, least) in at_least.items():
         if value < least:
             raise ConfigError(f"{key}={value} must be at least {least}")
-    shares = {
-        "scoring.max_failure_share": c.scoring.max_failure_share,
-        "train.min_learning_rate_ratio": c.train.min_learning_rate_ratio,
-    }
-    for key, share in shares.items():
+    for key, share in (
+        ("scoring.max_failure_share", c.scoring.max_failure_share),
+        ("train.min_learning_rate_ratio", c.train.min_learning_rate_ratio),
+        ("train.beta1", c.train.beta1),
+        ("train.beta2", c.train.beta2),
+    ):
         if not 0 <= share <= 1:
             raise ConfigError(f"{key}={share} must lie in [0, 1]")
+    _check_combinations(c)
+    _check_rewards(c.rewards)
+
+
+def _check_combinations(c: Config) -> None:
     if c.rollout.temperature <= 0:
         raise ConfigError(
             f"rollout.temperature={c.rollout.temperature} must be above 0: a policy learns only from what it samples"
         )
     if not 0 < c.rollout.top_p <= 1:
         raise ConfigError(f"rollout.top_p={c.rollout.top_p} must lie in (0, 1]")
-    for key, beta in (("train.beta1", c.train.beta1), ("train.beta2", c.train.beta2)):
-        if not 0 <= beta < 1:
-            raise ConfigError(f"{key}={beta} must lie in [0, 1)")
     if c.scoring.time_limit_seconds <= 0:
         raise ConfigError(f"scoring.time_limit_seconds={c.scoring.time_limit_seconds} must be above 0")
     if c.advantage.delta_low > c.advantage.delta_high:
@@ -358,7 +359,6 @@ def _check(c: Config) -> None:
         raise ConfigError(f"eval.every={c.eval.every} needs problems to evaluate on; set data.held_out above 0")
     if any(not s for s in c.rollout.stop):
         raise ConfigError("rollout.stop has an empty string, which would end every completion at once")
-    _check_rewards(c.rewards)
 
 
 def _check_rewards(rewards: Sequence[RewardConfig]) -> None:
@@ -375,3 +375,10 @@ def _check_rewards(rewards: Sequence[RewardConfig]) -> None:
             raise ConfigError(
                 f"rewards.{index}.pattern={reward.pattern!r} goes with function='format', and only with that"
             )
+        for name, expression in (("extract", reward.extract), ("pattern", reward.pattern)):
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ConfigError(
+                    f"rewards.{index}.{name}={expression!r} is not a regular expression: {error}"
+                ) from error

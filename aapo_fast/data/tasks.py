@@ -86,10 +86,7 @@ Row = tuple[str, dict[str, Any]]
 def _rows(config: DataConfig, seed: int, what: str) -> Iterator[Row]:
     if config.source.startswith(REASONING_GYM):
         return _reasoning_gym_rows(config, seed, what)
-    if config.source.startswith(HUB):
-        rows = _hub_rows(config)
-    else:
-        rows = _file_rows(config.source)
+    rows = _hub_rows(config) if config.source.startswith(HUB) else _file_rows(config.source)
     return islice(rows, config.held_out + config.size)
 
 

@@ -1,8 +1,8 @@
 """Attention over packed rows, through Transformers' attention interface.
 
-The model is loaded with the attention named ``NAME``. A call that brings ``packing=`` (a packed training batch) runs the
-segments of the batch; any other call (generation, with its KV cache) is Transformers' own SDPA, or the same sums written out where
-the model caps its attention scores.
+The model is loaded with the attention named ``NAME``. A call that brings ``packing=`` (a packed training batch) runs
+the segments of the batch; any other call (generation, with its KV cache) is Transformers' own SDPA, or the same sums
+written out where the model caps its attention scores.
 """
 
 from __future__ import annotations
@@ -82,9 +82,11 @@ def _attend(
             q, k, v, attn_mask=seen, dropout_p=dropout, scale=scaling, enable_gqa=groups > 1
         )
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ k.transpose(-1, -2)).to(dtype) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)
+    # The lowest finite number, not -inf: a padding row that sees nothing must not become NaN.
+    weights = scores.masked_fill(~seen, torch.finfo(dtype).min).softmax(-1).to(q.dtype)
     return F.dropout(weights, dropout) @ v
 
 

@@ -2,8 +2,8 @@
 
     logits = softcap(logit_scale * (hidden . weight + bias))
 
-Models differ in the scale and in the soft-cap; ``check_head`` compares with the model's own logits once, so a model that
-does something else is refused and never trained wrongly.
+Models differ in the scale and in the soft-cap; ``check_head`` compares with the model's own logits once, so a model
+that does something else is refused and never trained wrongly.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Head:
         }
 
 
-def find_decoder(model: nn.Module) -> nn.Module:
+def find_decoder(model: Any) -> nn.Module:
     """The part of ``model`` that computes hidden states."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
@@ -58,7 +58,7 @@ def find_decoder(model: nn.Module) -> nn.Module:
     return decoder
 
 
-def find_head(model: nn.Module) -> Head:
+def find_head(model: Any) -> Head:
     """The head of ``model``.
 
     Raises:
@@ -89,7 +89,7 @@ def _logit_scale(config: object) -> float:
 
 
 @torch.no_grad()
-def check_head(model: nn.Module) -> None:
+def check_head(model: Any) -> None:
     """Compare decoder and head with the model's own logits on a few tokens.
 
     Raises:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aapo_fast.models import attention
@@ -26,7 +25,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("AAPO_FAST_CACHE") or Path.home() / ".cache" / "aapo-fast")
 
 
-def load_model(path: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
+def load_model(path: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
     """A causal language model, in eval mode (training must see the distribution that samples: no dropout), and its
     tokenizer.
 
@@ -51,12 +50,12 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.
     return model, tokenizer
 
 
-def steers_attention(model: nn.Module) -> bool:
+def steers_attention(model: Any) -> bool:
     """Whether packed batches can reach this model's attention."""
     return getattr(model.config, "_attn_implementation", None) == attention.NAME
 
 
-def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a folder that ``AutoModelForCausalLM.from_pretrained`` loads. Complete or not there at all: it is written
     beside ``folder`` and put in its place at the end.
     """

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -105,6 +106,6 @@ def pair(reference: Sequence[float], group_size: int, pairing: str) -> list[floa
     """
     if pairing == "paired":
         return [reference[i % len(reference)] for i in range(group_size)]
-    present = [r for r in reference if r == r]
-    mean = sum(present) / len(present) if present else float("nan")
+    present = [r for r in reference if not math.isnan(r)]
+    mean = sum(present) / len(present) if present else math.nan
     return [mean] * group_size

@@ -214,8 +214,8 @@ def _refuse_too_many_failures(run: Run, groups: Sequence[Group], failures: list[
     if len(failures) > limit * total:
         where = "the reference" if step is None else f"step {step + 1}"
         raise UserError(
-            f"{where}: {len(failures)} of {total} completions have no reward, over scoring.max_failure_share={limit:g}; "
-            f"the first: {failures[0]}"
+            f"{where}: {len(failures)} of {total} completions have no reward, over "
+            f"scoring.max_failure_share={limit:g}; the first: {failures[0]}"
         )
 
 

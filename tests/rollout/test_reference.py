@@ -1,0 +1,131 @@
+"""The reference cache: what decides a reward is in its key, and a kill loses nothing that was committed."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import support
+
+from aapo_fast.rollout.reference import ReferenceCache, pair
+from aapo_fast.types import SamplingParams, UserError
+
+COMMON = {"model": "m", "reward_version": "r", "sampling": SamplingParams(max_tokens=4), "samples": 2, "seed": 0}
+
+
+def open_cache(path, **changes):
+    return ReferenceCache(path, **(COMMON | changes))
+
+
+def no_draw(problems, seeds):
+    pytest.fail(f"drawn again: {problems}")
+
+
+def test_each_problem_is_drawn_once_and_kept(tmp_path):
+    cache = open_cache(tmp_path / "c.sqlite")
+    problems = [support.problem("ab"), support.problem("cd"), support.problem("ab")]
+    drawn = []
+
+    def draw(problems, seeds):
+        drawn.extend(zip((p.prompt for p in problems), seeds, strict=True))
+        return [[1.0, math.nan] for _ in problems]
+
+    assert cache.rewards(problems[0]) is None
+    cache.fill(problems, draw)
+    assert [prompt for prompt, _ in drawn] == ["ab", "cd"] and drawn[0][1] != drawn[1][1]
+    cache.close()
+    again = open_cache(tmp_path / "c.sqlite")
+    again.fill(problems, no_draw)
+    first, second = again.rewards(problems[1])
+    assert first == 1.0 and math.isnan(second)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "other"},
+        {"reward_version": "other"},
+        {"sampling": SamplingParams(max_tokens=5)},
+        {"sampling": SamplingParams(max_tokens=4, temperature=0.9)},
+        {"sampling": SamplingParams(max_tokens=4, top_p=0.9)},
+        {"sampling": SamplingParams(max_tokens=4, stop=("x",))},
+        {"samples": 3},
+        {"seed": 1},
+    ],
+    ids=str,
+)
+def test_never_used_for_anything_else(tmp_path, changes):
+    problem = support.problem("ab", answer="c")
+    open_cache(tmp_path / "c.sqlite").fill([problem], lambda p, s: [[1.0, 0.0]])
+    assert open_cache(tmp_path / "c.sqlite").rewards(problem) == [1.0, 0.0]
+    assert open_cache(tmp_path / "c.sqlite", **changes).rewards(problem) is None
+    for other in (support.problem("abc", answer="c"), support.problem("ab", answer="d"), support.problem("ab", x=1)):
+        assert open_cache(tmp_path / "c.sqlite").rewards(other) is None
+
+
+def test_a_kill_at_any_moment_leaves_a_usable_cache(tmp_path):
+    """SIGKILL a process that is filling, ten times; each successor finds whole entries and adds to them."""
+    path = tmp_path / "c.sqlite"
+    script = f"""
+import sys; sys.path[:0] = {sys.path!r}
+import support
+from pathlib import Path
+from aapo_fast.rollout.reference import ReferenceCache
+from aapo_fast.types import SamplingParams
+cache = ReferenceCache(Path({str(path)!r}), model="m", reward_version="r", sampling=SamplingParams(max_tokens=4),
+                       samples=2, seed=0)
+problems = [support.problem("abcdefgh"[:1 + i % 8], answer=str(i)) for i in range(4000)]
+print("start", flush=True)
+for p in problems:
+    cache.fill([p], lambda p, s: [[float(p[0].columns["answer"]), 0.5]])
+"""
+    counts = []
+    for kill in range(10):
+        child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+        child.stdout.readline()
+        time.sleep(0.01 + 0.02 * kill)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        cache = open_cache(path)
+        problems = [support.problem("abcdefgh"[: 1 + i % 8], answer=str(i)) for i in range(4000)]
+        found = [cache.rewards(p) for p in problems]
+        counts.append(sum(f is not None for f in found))
+        for index, rewards in enumerate(found):
+            assert rewards in (None, [float(index), 0.5])
+        cache.close()
+        if counts[-1] > 1000:
+            break
+    assert counts == sorted(counts) and counts[-1] > counts[0] >= 0 and 0 < counts[-1] < 4000
+
+
+def test_two_runs_may_share_the_file(tmp_path):
+    one, two = open_cache(tmp_path / "c.sqlite"), open_cache(tmp_path / "c.sqlite")
+    one.fill([support.problem("ab")], lambda p, s: [[1.0, 0.0]])
+    two.fill([support.problem("ab"), support.problem("cd")], lambda p, s: [[2.0, 0.0] for _ in p])
+    assert two.rewards(support.problem("ab")) == [1.0, 0.0] and one.rewards(support.problem("cd")) == [2.0, 0.0]
+
+
+def test_files_that_are_no_cache(tmp_path):
+    text = tmp_path / "text.sqlite"
+    text.write_text("this is not a database, however long it is made to look" * 50)
+    with pytest.raises(UserError, match=r"reference.cache=.*text.sqlite cannot be used: file is not a database"):
+        open_cache(text)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(UserError, match="cannot be used"):
+        open_cache(folder)
+    newer = tmp_path / "newer.sqlite"
+    cache = open_cache(newer)
+    cache._db.execute("PRAGMA user_version=99")
+    cache.close()
+    with pytest.raises(UserError, match="has format 99, want 1"):
+        open_cache(newer)
+
+
+def test_pairing():
+    assert pair([1.0, 2.0, 3.0], 5, "paired") == [1.0, 2.0, 3.0, 1.0, 2.0]
+    assert pair([1.0, math.nan, 3.0], 2, "mean") == [2.0, 2.0]
+    assert all(map(math.isnan, pair([math.nan], 2, "mean")))

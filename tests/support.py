@@ -1,0 +1,113 @@
+"""Small real things for tests: a tokenizer, tiny models of several families, configs."""
+
+import json
+import string
+from functools import cache
+
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from aapo_fast.types import Problem, Sample
+
+CHARACTERS = string.ascii_lowercase + string.digits + " +=?:.\n"
+
+
+@cache
+def tokenizer():
+    """One token a character; <end> is EOS and padding."""
+    vocab = {"<end>": 0, "<unk>": 1} | {c: i + 2 for i, c in enumerate(CHARACTERS)}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    inner.decoder = decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<end>", pad_token="<end>", unk_token="<unk>"
+    )
+
+
+SIZES = {
+    "vocab_size": len(CHARACTERS) + 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "eos_token_id": 0,
+    "bos_token_id": None,
+}
+
+FAMILIES = {
+    "llama": (transformers.LlamaConfig, {}),
+    "llama tied": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
+    "mistral, sliding window": (transformers.MistralConfig, {"sliding_window": 4}),
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen3": (transformers.Qwen3Config, {}),
+    "gemma2, both soft-caps": (
+        transformers.Gemma2Config,
+        {
+            "sliding_window": 4,
+            "final_logit_softcapping": 2.0,
+            "attn_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 16,
+        },
+    ),
+    "gemma3": (transformers.Gemma3TextConfig, {"sliding_window": 4, "query_pre_attn_scalar": 16}),
+    "granite, scaled logits": (transformers.GraniteConfig, {"logits_scaling": 4.0}),
+    "cohere, scaled logits": (transformers.CohereConfig, {"logit_scale": 0.25}),
+    "phi, biased head": (transformers.PhiConfig, {}),
+}
+
+
+def tiny(family="llama", seed=0, dtype=torch.float32):
+    """A model of the family with random weights, wide enough apart that its distributions are not flat."""
+    config_class, changes = FAMILIES[family]
+    torch.manual_seed(seed)
+    config = config_class(**(SIZES | {"initializer_range": 0.2} | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model.generation_config.eos_token_id = 0
+    return model
+
+
+def save_tiny_model(folder, seed=0):
+    tiny(seed=seed).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
+def problem(prompt="ab", answer="c", row="test row 1", **columns):
+    ids = tuple(tokenizer()(prompt).input_ids)
+    return Problem(row, prompt, ids, {"answer": answer, **columns})
+
+
+def sample(prompt, completion, finish_reason="stop"):
+    """A sample of token ids, without log-probabilities."""
+    return Sample(tuple(prompt), tuple(completion), (), "", finish_reason, 0)
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def tiny_run(tmp_path, tiny_model, **changes):
+    """Nested tables of a run of the tiny model on a trivial task, with ``layer__key=value`` changes."""
+    data = write_jsonl(tmp_path / "data.jsonl", [{"question": f"say {i}:", "answer": "x"} for i in range(12)])
+    tree = {
+        "run": {"folder": str(tmp_path / "run")},
+        "model": {"path": str(tiny_model), "device": "cpu"},
+        "data": {"source": str(data), "held_out": 4},
+        "rewards": [{"function": "reward_functions:starts_with_answer"}],
+        "rollout": {"prompts_per_step": 4, "group_size": 8, "max_tokens": 2},
+        "reference": {"cache": str(tmp_path / "reference.sqlite")},
+        "train": {"steps": 2, "learning_rate": 1e-3, "schedule": "constant"},
+        "eval": {"samples": 2},
+    }
+    for key, value in changes.items():
+        layer, name = key.split("__") if "__" in key else (key, None)
+        if name is None:
+            tree[layer] = value
+        else:
+            tree.setdefault(layer, {})[name] = value
+    return tree

@@ -1,0 +1,99 @@
+"""What a config refuses, each by its message; and overrides."""
+
+import pytest
+
+from aapo_fast import config
+from aapo_fast.cli import QUICKSTART
+
+
+def test_the_quickstart_is_a_config_and_survives_a_round_trip():
+    loaded = config.load(QUICKSTART)
+    assert loaded.rollout.stop == ["\n"] and loaded.rewards[0].extract == r"-?\d+"
+    assert config.parse(config.to_dict(loaded)) == loaded
+
+
+def test_overrides():
+    loaded = config.load(
+        QUICKSTART,
+        [
+            ("train.steps", "7"),
+            ("train.learning_rate", "1"),
+            ("run.folder", "runs/else where"),
+            ("rewards.0.weight", "2.5"),
+            ("rollout.stop", '["a", "b"]'),
+            ("data.options.max_digits", "3"),
+            ("run.tensorboard", "true"),
+        ],
+    )
+    assert loaded.train.steps == 7 and loaded.train.learning_rate == 1.0
+    assert loaded.run.folder == "runs/else where" and loaded.run.tensorboard is True
+    assert loaded.rewards[0].weight == 2.5 and loaded.rollout.stop == ["a", "b"]
+    assert loaded.data.options["max_digits"] == 3 and loaded.data.options["min_digits"] == 1
+
+
+def test_an_override_speaks_of_the_default_reward(tmp_path):
+    empty = tmp_path / "empty.toml"
+    empty.write_text("")
+    assert config.load(empty, [("rewards.0.extract", "x+")]).rewards == [config.RewardConfig(extract="x+")]
+
+
+def test_every_option_is_documented():
+    rows = list(config.describe())
+    assert len(rows) > 40
+    for key, kind, _, text in rows:
+        assert kind and len(text) > 10, key
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"train.step": "3"}, "unknown key train.step; did you mean train.steps?"),
+        ({"trainer.steps": "3"}, "unknown key trainer; did you mean train?"),
+        ({"zzz.a": "3"}, "unknown key zzz; known here: run, model, data"),
+        ({"train.steps": "many"}, "train.steps='many' must be int, not str"),
+        ({"train.steps": "2.5"}, "train.steps=2.5 must be int, not float"),
+        ({"train.steps": "true"}, "train.steps=True must be int, not bool"),
+        ({"train.steps": "0"}, "train.steps=0 must be at least 1"),
+        ({"train.learning_rate": "nan"}, "train.learning_rate=nan must be finite"),
+        ({"train.learning_rate": "-1e-5"}, "train.learning_rate=-1e-05 must be at least 0"),
+        ({"train.schedule": "step"}, "train.schedule='step' must be one of constant, linear, cosine"),
+        ({"run.tensorboard": "1"}, "run.tensorboard=1 must be bool, not int"),
+        ({"rollout.stop": '"x"'}, "rollout.stop='x' must be list of str"),
+        ({"rollout.stop": "[1]"}, "rollout.stop.0=1 must be str, not int"),
+        ({"rollout.stop": '[""]'}, "rollout.stop has an empty string"),
+        ({"rollout.temperature": "0"}, "rollout.temperature=0.0 must be above 0"),
+        ({"rollout.top_p": "1.5"}, "rollout.top_p=1.5 must lie in (0, 1]"),
+        ({"train.beta1": "2"}, "train.beta1=2.0 must lie in [0, 1]"),
+        ({"scoring.max_failure_share": "3"}, "scoring.max_failure_share=3.0 must lie in [0, 1]"),
+        ({"scoring.time_limit_seconds": "0"}, "scoring.time_limit_seconds=0.0 must be above 0"),
+        ({"advantage.delta_low": "0.5"}, "advantage.delta_low=0.5 must not exceed advantage.delta_high=0.28"),
+        ({"rollout.group_size": "1", "reference.mode": "none"}, "leaves every advantage zero"),
+        ({"train.warmup_steps": "50"}, "train.warmup_steps=50 must be below train.steps=50"),
+        ({"data.held_out": "0"}, "eval.every=10 needs problems to evaluate on"),
+        ({"rewards.0.function": "mine"}, "rewards.0.function='mine' must be reasoning_gym"),
+        ({"rewards.0.pattern": "x"}, "rewards.0.pattern='x' goes with function='format'"),
+        ({"rewards.0.function": "format"}, "rewards.0.pattern='' goes with function='format'"),
+        ({"rewards.0.extract": "("}, "rewards.0.extract='(' is not a regular expression"),
+        ({"rewards.3.weight": "1"}, "'3' is not one of the 1 entries"),
+        ({"rewards": "[]"}, "rewards is empty"),
+        ({"train": "3"}, "train=3 must be a table"),
+        ({"train.steps.x": "3"}, "train.steps has no key 'x'"),
+    ],
+)
+def test_refusals(overrides, message):
+    with pytest.raises(config.ConfigError) as refusal:
+        config.load(QUICKSTART, list(overrides.items()))
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_files_that_are_no_config(tmp_path):
+    with pytest.raises(config.ConfigError, match="nowhere.toml cannot be read: No such file"):
+        config.load(tmp_path / "nowhere.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[train\nsteps = 3")
+    with pytest.raises(config.ConfigError, match="broken.toml is not valid TOML"):
+        config.load(broken)
+    broken.write_bytes(b"\xff\xfe")
+    with pytest.raises(config.ConfigError, match="broken.toml is not valid TOML"):
+        config.load(broken)
