@@ -24,6 +24,12 @@ def sometimes_raises(completions, prompts, **columns):
     return [1.0]
 
 
+def fails_on_some(completions, prompts, **columns):
+    if completions[0][:1] in "abcdefghij":
+        raise ValueError("not this one")
+    return [1.0]
+
+
 def always_raises(completions, prompts, **columns):
     raise RuntimeError("broken grader")
 

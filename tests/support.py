@@ -15,6 +15,11 @@ CHARACTERS = string.ascii_lowercase + string.digits + " +=?:.\n"
 
 @cache
 def tokenizer():
+    """One for all tests that do not change it."""
+    return make_tokenizer()
+
+
+def make_tokenizer():
     """One token a character; <end> is EOS and padding."""
     vocab = {"<end>": 0, "<unk>": 1} | {c: i + 2 for i, c in enumerate(CHARACTERS)}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))

@@ -99,7 +99,9 @@ def _reasoning_gym_rows(config: DataConfig, seed: int, what: str) -> Iterator[Ro
     try:
         dataset = reasoning_gym.create_dataset(task, size=max(size, 1), seed=seed * 1_000_003, **config.options)
     except (ValueError, TypeError, AssertionError) as error:
-        raise DataError(f"data.source={config.source!r} with data.options={config.options}: {error}") from error
+        raise DataError(
+            f"data.source={config.source!r} with data.options={config.options}: {_first_line(error)}"
+        ) from error
     for index in range(size):
         entry = dataset[index]
         metadata = {k: v for k, v in entry["metadata"].items() if k not in ("question", "answer")}
@@ -113,7 +115,11 @@ def _file_rows(source: str) -> Iterator[Row]:
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        for index, row in enumerate(pyarrow.parquet.read_table(path).to_pylist()):
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise DataError(f"{path.name} cannot be read as parquet: {_first_line(error)}") from error
+        for index, row in enumerate(rows):
             yield f"{path.name} row {index + 1}", row
         return
     if path.suffix != ".jsonl":
@@ -139,7 +145,9 @@ def _hub_rows(config: DataConfig) -> Iterator[Row]:
     try:
         dataset = datasets.load_dataset(name, **arguments)
     except Exception as error:  # the library raises a dozen kinds, its own and its transports'
-        raise DataError(f"data.source={config.source!r} with data.options={config.options}: {error}") from error
+        raise DataError(
+            f"data.source={config.source!r} with data.options={config.options}: {_first_line(error)}"
+        ) from error
     for index, row in enumerate(dataset):
         yield f"{name} {arguments['split']} row {index}", dict(row)
 
@@ -170,6 +178,14 @@ def _problem(config: DataConfig, tokenizer: Any, row: str, columns: Mapping[str,
             f"{row} makes a prompt of {len(ids)} tokens, over data.max_prompt_tokens={config.max_prompt_tokens}"
         )
     return Problem(row, text, tuple(ids), {**columns, "answer": columns[config.answer_column]})
+
+
+def _source(config: DataConfig) -> str:
+    return f"data.source={config.source!r} with data.options={config.options}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[0]
 
 
 def _names(columns: Mapping[str, Any]) -> str:

@@ -297,7 +297,7 @@ def _record(
     samples = [s for group in groups for s in group.samples]
     rewards = torch.tensor([r for group in groups for r in group.rewards])
     relative = aapo_advantages(rewards, None, run.config.rollout.group_size).view(len(groups), -1)
-    advantages = [w.advantage for w in scored]
+    advantages = torch.tensor([w.advantage for w in scored])
     tokens = sum(len(s.token_ids) for s in samples)
     scored_tokens = sum(len(w.sample.token_ids) for w in scored)
     seconds = sum(clock.seconds.values())
@@ -307,8 +307,8 @@ def _record(
         "reference_reward": None if reference is None else _mean(reference),
         "zero_weight_token_share": 1.0 - result.trained_tokens / scored_tokens if scored_tokens else 1.0,
         "zero_advantage_group_share": (relative == 0).all(1).float().mean().item(),
-        "advantage_mean": statistics.fmean(advantages) if advantages else math.nan,
-        "advantage_std": statistics.pstdev(advantages) if advantages else math.nan,
+        "advantage_mean": advantages.mean().item(),
+        "advantage_std": advantages.std(correction=0).item(),
         "entropy": result.entropy,
         "rollout_entropy": -sum(sum(s.logprobs) for s in samples) / tokens,
         "completion_length": tokens / len(samples),

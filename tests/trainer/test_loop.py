@@ -1,0 +1,207 @@
+"""Whole runs of a tiny model: it learns, it records, it fails with one line and loses nothing."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import support
+import transformers
+
+from aapo_fast import config
+from aapo_fast.rollout.hf import HFEngine
+from aapo_fast.trainer import loop, setup
+from aapo_fast.trainer.display import Display
+from aapo_fast.trainer.records import read_lines
+from aapo_fast.types import DataError, UserError
+
+
+def run(tree):
+    return loop.train(config.parse(tree), Display(quiet=True))
+
+
+def metrics(tmp_path):
+    return read_lines(tmp_path / "run" / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("mode", ["cached", "online", "none"])
+def test_a_tiny_model_learns_a_trivial_task(tmp_path, tiny_model, mode):
+    """Random weights, reward for a first letter x: from one in forty to nearly always."""
+    tree = support.tiny_run(
+        tmp_path,
+        tiny_model,
+        train__steps=25,
+        train__learning_rate=3e-3,
+        rollout__group_size=16,
+        reference__mode=mode,
+        reference__pairing="mean",
+    )
+    summary = run(tree)
+    assert summary["status"] == "finished" and summary["steps"] == 25
+    assert summary["accuracy_before"] <= 0.25
+    assert summary["accuracy_after"] == 1.0
+    assert metrics(tmp_path)[-1]["reward"] > 0.8
+    reference = [m["reference_reward"] for m in metrics(tmp_path)]
+    # the frozen reference has not learned
+    assert all(r is None for r in reference) if mode == "none" else max(reference) < 0.3
+
+
+def test_what_a_run_leaves_behind(tmp_path, tiny_model):
+    tree = support.tiny_run(tmp_path, tiny_model, train__steps=3, eval__every=2, run__tensorboard=True)
+    summary = run(tree)
+    folder = tmp_path / "run"
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert {"accuracy_before", "accuracy_after", "steps", "wall_seconds", "seconds_per_step"} <= summary.keys()
+    assert config.parse(json.loads((folder / "config.json").read_text())) == config.parse(tree)
+    assert (folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    records = metrics(tmp_path)
+    assert [r["step"] for r in records] == [1, 2, 3]
+    for record in records:
+        assert record["seconds"].keys() == {"rollout", "reward", "reference", "train"}
+        for key in (
+            "reward", "reference_reward", "zero_weight_token_share", "zero_advantage_group_share", "advantage_mean",
+            "advantage_std", "rollout_entropy", "completion_length", "truncated_share", "grad_norm", "learning_rate",
+            "tokens_per_second", "peak_memory_bytes",
+        ):  # fmt: skip
+            assert isinstance(record[key], (int, float)) and math.isfinite(record[key]), key
+    assert [e["step"] for e in read_lines(folder / "evaluations.jsonl")] == [0, 2, 3]
+    samples = read_lines(folder / "samples.jsonl")
+    assert len(samples) == 3 * 8 and {"prompt", "completion", "reward", "advantage"} <= samples[0].keys()
+    assert len({s["prompt"] for s in samples if s["step"] == 1}) == 4
+    assert any("tfevents" in p.name for p in folder.iterdir())
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert transformers.AutoTokenizer.from_pretrained(folder / "model")("x").input_ids
+    assert model.num_parameters() > 0
+
+
+def test_same_seed_same_run(tmp_path, tiny_model):
+    """Up to the seconds. The second run finds the first one's reference rewards and draws none."""
+    records = []
+    for attempt in ("one", "two"):
+        (tmp_path / attempt).mkdir()
+        tree = support.tiny_run(tmp_path / attempt, tiny_model, train__steps=3)
+        tree["reference"]["cache"] = str(tmp_path / "shared.sqlite")
+        summary = run(tree)
+        records.append([
+            {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second", "peak_memory_bytes")}
+            for r in metrics(tmp_path / attempt)
+        ])  # fmt: skip
+    assert records[0] == records[1]
+    assert summary["reference_seconds"] < 0.5
+
+
+def test_reference_samples_are_drawn_before_the_policy_moves_and_only_once(tmp_path, tiny_model, monkeypatch):
+    calls = []
+    real = HFEngine.generate
+
+    def spy(self, prompts, **options):
+        calls.append((options.get("weights", "policy"), self.weight_version, len(prompts)))
+        return real(self, prompts, **options)
+
+    monkeypatch.setattr(HFEngine, "generate", spy)
+    run(support.tiny_run(tmp_path, tiny_model, train__steps=6))
+    drawn = [c for c in calls if c[0] == "reference"]
+    assert drawn and all(version == 0 for _, version, _ in drawn)
+    assert sum(count for *_, count in drawn) == 8  # the eight training problems, though 6 steps x 4 used them
+
+
+def test_online_reference_uses_the_frozen_weights(tmp_path, tiny_model):
+    tree = support.tiny_run(tmp_path, tiny_model, train__steps=4, train__learning_rate=0.05, reference__mode="online")
+    with setup.prepare(config.parse(tree), Display(quiet=True)) as prepared:
+        loop._ahead_of_the_first_step(prepared)
+        frozen = prepared.policy.fingerprint()
+        for step in range(3):
+            loop._train_step(prepared, step, loop._Progress())
+        assert prepared.policy.fingerprint() != frozen
+        reference = type(prepared.policy)(prepared.engine._reference, prepared.policy.tokenizer, 1.0)
+        assert reference.fingerprint() == frozen
+
+
+def test_missing_rewards_leave_their_completions_out(tmp_path, tiny_model):
+    tree = support.tiny_run(
+        tmp_path, tiny_model, rewards=[{"function": "reward_functions:fails_on_some"}], scoring__max_failure_share=0.9
+    )
+    run(tree)
+    for record in metrics(tmp_path):
+        assert 0 < record["reward_failures"] < 32
+        assert record["reward"] == 1.0  # those that were scored; the failed ones are not zeros in the mean
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"rewards": [{"function": "reward_functions:always_raises"}]}, UserError,
+         "have no reward, over scoring.max_failure_share=0.2; the first: data.jsonl line"),
+        ({"rewards": [{"function": "no_such_module:f"}]}, UserError, "No module named 'no_such_module'"),
+        ({"rewards": [{"function": "math_verify"}], "data__template": "{question}", "data__answer_column": "gold"},
+         DataError, "data.jsonl line 1 has no 'gold'"),
+        ({"rewards": [{"function": "reasoning_gym"}]}, DataError, "line 1: there is no metadata.source_dataset"),
+        ({"rollout__prompts_per_step": 9}, UserError, "rollout.prompts_per_step=9 exceeds the 8 training problems"),
+        ({"model__device": "cuda:7"}, UserError, "model.device='cuda:7': this machine has"),
+        ({"run__folder": "/proc/no"}, UserError, "run.folder='/proc/no' cannot be written"),
+        ({"model__path": "nowhere"}, UserError, "model.path='nowhere' cannot be loaded"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(tmp_path, tiny_model, changes, error, message):
+    with pytest.raises(error) as refusal:
+        run(support.tiny_run(tmp_path, tiny_model, **changes))
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_an_earlier_run_is_not_overwritten_by_accident(tmp_path, tiny_model):
+    tree = support.tiny_run(tmp_path, tiny_model, train__steps=1)
+    run(tree)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="holds an earlier run; name another, or replace it with --run.overwrite true"):
+        run(tree)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    tree["run"]["overwrite"] = True
+    assert run(tree)["steps"] == 1
+
+
+def test_a_run_that_diverges_stops_and_saves_the_last_good_weights(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr(loop, "aapo_advantages", lambda rewards, *a: rewards * math.nan)
+    with pytest.raises(UserError, match=r"step 3: loss or gradient was NaN or infinite 3 steps in a row"):
+        run(support.tiny_run(tmp_path, tiny_model, train__steps=9))
+    assert [r["updated"] for r in metrics(tmp_path)] == [False] * 3
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_leaves_a_usable_state(tmp_path, tiny_model, presses):
+    """The real thing: a process, a signal. One Ctrl-C saves; two end at once, with the records still whole."""
+    tree = support.tiny_run(
+        tmp_path, tiny_model, train__steps=10_000, rewards=[{"function": "reward_functions:starts_with_answer_slowly"}]
+    )
+    tree["reference"]["mode"] = "none"
+    code = f"""
+import sys; sys.path[:0] = {sys.path!r}
+from aapo_fast import config
+from aapo_fast.cli import commands
+sys.exit(commands.train(config.parse({tree!r}), "CONFIG.toml"))
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    path = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (path.exists() and len(path.read_text().splitlines()) >= 2):
+        assert time.monotonic() < deadline and child.poll() is None, child.communicate()[0]
+        time.sleep(0.05)
+    for _ in range(presses):
+        os.kill(child.pid, signal.SIGINT)
+        time.sleep(0.2)
+    output, _ = child.communicate(timeout=60)
+    records = read_lines(path)
+    assert len(records) == len(path.read_text().splitlines())
+    if presses == 1:
+        assert child.returncode == 130, output
+        assert "finishing this step, then saving" in output
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+        assert summary["status"] == "interrupted" and summary["steps"] == len(records)
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+        assert (tmp_path / "run" / "curve.png").exists()
+    else:
+        assert child.returncode != 0

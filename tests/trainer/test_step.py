@@ -1,0 +1,132 @@
+"""The optimizer step: one gradient however it is cut up, the guard, the schedule."""
+
+import dataclasses
+import itertools
+import math
+import random
+
+import pytest
+import support
+import torch
+
+from aapo_fast.config import TrainConfig
+from aapo_fast.data.packing import Weighted
+from aapo_fast.models import attention
+from aapo_fast.trainer.policy import Policy
+from aapo_fast.trainer.step import learning_rate, make_optimizer, optimizer_step
+
+# The model is in float64, but Transformers computes its norms and rotary angles in fp32.
+ROUNDING = 1e-6
+CONFIG = TrainConfig(max_grad_norm=0.0, weight_decay=0.0)
+
+
+def make_policy():
+    model = support.tiny(dtype=torch.float64)
+    model.set_attn_implementation(attention.NAME)
+    return Policy(model, support.tokenizer(), temperature=1.0)
+
+
+def make_samples(zero_every=3):
+    rng = random.Random(0)
+    prompts = [[rng.randrange(1, 40) for _ in range(n)] for n in (4, 7, 5)]
+    samples = []
+    for index in range(18):
+        completion = [rng.randrange(1, 40) for _ in range(rng.randrange(1, 7))]
+        advantage = 0.0 if index % zero_every == 0 else rng.uniform(-2, 2)
+        samples.append(Weighted(support.sample(prompts[index % 3], completion), advantage))
+    return samples
+
+
+def gradient_of(samples, **changes):
+    """What the optimizer is handed."""
+    policy = make_policy()
+    optimizer = make_optimizer(policy, CONFIG)
+    taken = []
+    optimizer.step = lambda: taken.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
+    result = optimizer_step(policy, optimizer, samples, dataclasses.replace(CONFIG, **changes), 1e-3)
+    return taken[0], result
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("budget", [1, 9, 25, 60])
+def test_every_microbatch_cut_gives_the_gradient_and_the_loss_of_one_batch(budget):
+    whole, one = gradient_of(make_samples(), max_microbatch_tokens=100_000)
+    cut, many = gradient_of(make_samples(), max_microbatch_tokens=budget)
+    assert relative(cut, whole) < ROUNDING
+    assert many.loss == pytest.approx(one.loss, rel=1e-6) and many.entropy == pytest.approx(one.entropy, rel=1e-6)
+    assert many.trained_tokens == one.trained_tokens
+
+
+def test_order_of_the_samples_does_not_matter():
+    whole, _ = gradient_of(make_samples())
+    shuffled, _ = gradient_of(random.Random(1).sample(make_samples(), 18))
+    assert relative(shuffled, whole) < ROUNDING
+
+
+def test_the_denominator_counts_tokens_without_weight_too():
+    with_zeros, result = gradient_of(make_samples())
+    live = [w for w in make_samples() if w.advantage]
+    without, _ = gradient_of(live)
+    ratio = sum(len(w.sample.token_ids) for w in live) / sum(len(w.sample.token_ids) for w in make_samples())
+    assert relative(with_zeros, without * ratio) < ROUNDING
+    assert result.trained_tokens == sum(len(w.sample.token_ids) for w in live)
+
+
+def test_nothing_to_learn_leaves_the_weights():
+    policy = make_policy()
+    before = policy.fingerprint()
+    samples = [dataclasses.replace(w, advantage=0.0) for w in make_samples()]
+    result = optimizer_step(policy, make_optimizer(policy, CONFIG), samples, CONFIG, 1.0)
+    assert not result.updated and result.finite and policy.fingerprint() == before
+    assert optimizer_step(policy, make_optimizer(policy, CONFIG), [], CONFIG, 1.0).trained_tokens == 0
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_nonfinite_gradient_is_skipped_and_leaves_no_trace(poison):
+    policy = make_policy()
+    optimizer = make_optimizer(policy, CONFIG)
+    before = policy.fingerprint()
+    samples = make_samples()
+    samples[1] = dataclasses.replace(samples[1], advantage=poison)
+    result = optimizer_step(policy, optimizer, samples, CONFIG, 1e-3)
+    assert not result.updated and not result.finite and policy.fingerprint() == before
+    assert all(p.grad is None for p in policy.model.parameters()) and not optimizer.state
+    assert optimizer_step(policy, optimizer, make_samples(), CONFIG, 1e-3).updated
+
+
+def test_clipping():
+    free, result = gradient_of(make_samples())
+    assert result.grad_norm == pytest.approx(free.norm().item(), rel=1e-6)
+    clipped, result = gradient_of(make_samples(), max_grad_norm=0.01)
+    assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)
+    assert result.grad_norm == pytest.approx(free.norm().item(), rel=1e-6)
+
+
+def test_a_step_moves_the_policy_towards_rewarded_tokens():
+    policy = make_policy()
+    optimizer = make_optimizer(policy, CONFIG)
+    good, bad = support.sample([1, 2], [3]), support.sample([1, 2], [4])
+
+    def gap():
+        logits = policy.model(torch.tensor([[1, 2]])).logits[0, -1]
+        return (logits[3] - logits[4]).item()
+
+    before = gap()
+    for _ in range(5):
+        optimizer_step(policy, optimizer, [Weighted(good, 1.0), Weighted(bad, -1.0)], CONFIG, 1e-3)
+    assert gap() > before + 0.1
+
+
+def test_schedules():
+    config = TrainConfig(steps=10, warmup_steps=2, learning_rate=3.0, min_learning_rate_ratio=0.1)
+    for schedule in ("constant", "linear", "cosine"):
+        rates = [learning_rate(s, dataclasses.replace(config, schedule=schedule)) for s in range(11)]
+        assert rates[:3] == pytest.approx([1.0, 2.0, 3.0])
+        assert rates[10] == pytest.approx(3.0 if schedule == "constant" else 0.3)
+        assert all(a >= b for a, b in itertools.pairwise(rates[2:]))
+    assert learning_rate(6, dataclasses.replace(config, schedule="linear")) == pytest.approx(0.3 + 2.7 * 0.5)
+    quarter = 0.3 + 2.7 * 0.5 * (1 + math.cos(math.pi / 4))
+    assert learning_rate(4, dataclasses.replace(config, schedule="cosine")) == pytest.approx(quarter)
