@@ -2,6 +2,10 @@ import os
 
 # Before torch is imported, and for child processes: tiny models are quicker on one thread than on many.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test may reach for a hub: what is loaded is here or made here.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
 import pytest
 import support
 

@@ -99,9 +99,7 @@ def _reasoning_gym_rows(config: DataConfig, seed: int, what: str) -> Iterator[Ro
     try:
         dataset = reasoning_gym.create_dataset(task, size=max(size, 1), seed=seed * 1_000_003, **config.options)
     except (ValueError, TypeError, AssertionError) as error:
-        raise DataError(
-            f"data.source={config.source!r} with data.options={config.options}: {_first_line(error)}"
-        ) from error
+        raise DataError(f"{_source(config)}: {_first_line(error)}") from error
     for index in range(size):
         entry = dataset[index]
         metadata = {k: v for k, v in entry["metadata"].items() if k not in ("question", "answer")}
@@ -145,9 +143,7 @@ def _hub_rows(config: DataConfig) -> Iterator[Row]:
     try:
         dataset = datasets.load_dataset(name, **arguments)
     except Exception as error:  # the library raises a dozen kinds, its own and its transports'
-        raise DataError(
-            f"data.source={config.source!r} with data.options={config.options}: {_first_line(error)}"
-        ) from error
+        raise DataError(f"{_source(config)}: {_first_line(error)}") from error
     for index, row in enumerate(dataset):
         yield f"{name} {arguments['split']} row {index}", dict(row)
 

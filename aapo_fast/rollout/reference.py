@@ -71,9 +71,16 @@ class ReferenceCache:
         by_key = {self._key(p): p for p in problems}
         return [p for key, p in by_key.items() if self._get(key) is None]
 
-    def rewards(self, problem: Problem) -> list[float] | None:
-        """K rewards, NaN where one is missing; None if the problem was never drawn."""
-        return self._get(self._key(problem))
+    def rewards(self, problem: Problem) -> list[float]:
+        """K rewards, NaN where one is missing.
+
+        Raises:
+            KeyError: the problem was never drawn.
+        """
+        rewards = self._get(self._key(problem))
+        if rewards is None:
+            raise KeyError(f"no reference rewards of {problem.row}")
+        return rewards
 
     def fill(self, problems: Sequence[Problem], draw: Draw) -> None:
         """Draw, score and keep what is missing. ``draw`` may be called with a few problems at a time."""

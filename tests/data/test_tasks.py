@@ -75,13 +75,13 @@ def test_order_passes_over_all_problems_before_it_repeats():
     [
         ('{"question": "a"}\n', {}, "rows.jsonl line 1 has no 'answer'; it has question"),
         ('\n{"question": "a", "answer": null}\n', {}, "rows.jsonl line 2 has no 'answer'"),
-        ('{"q": "a", "answer": "b"}\n', {}, "does not fit data.template='{question}': KeyError('question'); it has answer, q"),
+        ('{"q": "a", "answer": "b"}\n', {}, "data.template='{question}': KeyError('question'); it has answer, q"),
         ("{not json}\n", {}, "rows.jsonl line 1 is not JSON"),
         ("[1, 2]\n", {}, "rows.jsonl line 1 is a JSON list; give an object a line"),
         ('{"question": "", "answer": "b"}\n', {}, "line 1 makes an empty prompt"),
-        ('{"question": "abcd", "answer": "b"}\n', {"max_prompt_tokens": 3}, "of 4 tokens, over data.max_prompt_tokens=3"),
+        ('{"question": "abcd", "answer": "b"}\n', {"max_prompt_tokens": 3}, "4 tokens, over data.max_prompt_tokens=3"),
         ('{"question": "a", "answer": "b"}\n' * 5, {}, "has only 1 different prompts; lower data.held_out=2"),
-        ('{"question": "a", "answer": 1}\n{"question": "b", "answer": 1}\n', {}, "no training problem beside the 2 held"),
+        ('{"question": "a", "answer": 1}\n{"question": "b", "answer": 1}\n', {}, "no training problem beside the 2"),
         ("", {}, "has only 0 different prompts"),
     ],
 )  # fmt: skip

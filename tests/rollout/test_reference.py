@@ -33,7 +33,8 @@ def test_each_problem_is_drawn_once_and_kept(tmp_path):
         drawn.extend(zip((p.prompt for p in problems), seeds, strict=True))
         return [[1.0, math.nan] for _ in problems]
 
-    assert cache.rewards(problems[0]) is None
+    with pytest.raises(KeyError, match="no reference rewards of test row 1"):
+        cache.rewards(problems[0])
     cache.fill(problems, draw)
     assert [prompt for prompt, _ in drawn] == ["ab", "cd"] and drawn[0][1] != drawn[1][1]
     cache.close()
@@ -61,9 +62,9 @@ def test_never_used_for_anything_else(tmp_path, changes):
     problem = support.problem("ab", answer="c")
     open_cache(tmp_path / "c.sqlite").fill([problem], lambda p, s: [[1.0, 0.0]])
     assert open_cache(tmp_path / "c.sqlite").rewards(problem) == [1.0, 0.0]
-    assert open_cache(tmp_path / "c.sqlite", **changes).rewards(problem) is None
+    assert open_cache(tmp_path / "c.sqlite", **changes).missing([problem])
     for other in (support.problem("abc", answer="c"), support.problem("ab", answer="d"), support.problem("ab", x=1)):
-        assert open_cache(tmp_path / "c.sqlite").rewards(other) is None
+        assert open_cache(tmp_path / "c.sqlite").missing([other])
 
 
 FILL = """
@@ -93,10 +94,10 @@ def test_a_kill_at_any_moment_leaves_a_usable_cache(tmp_path):
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
         cache = open_cache(file)
-        found = [cache.rewards(p) for p in problems]
-        for index, rewards in enumerate(found):
-            assert rewards in (None, [float(index), 0.5])
-        counts.append(sum(rewards is not None for rewards in found))
+        missing = {p.prompt_ids for p in cache.missing(problems)}
+        for index, problem in enumerate(problems):
+            assert problem.prompt_ids in missing or cache.rewards(problem) == [float(index), 0.5]
+        counts.append(len(problems) - len(missing))
         cache.close()
     assert counts == sorted(counts) and 0 < counts[-1] < 4000
 

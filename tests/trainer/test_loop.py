@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -14,7 +15,7 @@ import transformers
 
 from aapo_fast import config
 from aapo_fast.rollout.hf import HFEngine
-from aapo_fast.trainer import loop, setup
+from aapo_fast.trainer import loop, report, sampling, setup
 from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.records import read_lines
 from aapo_fast.types import DataError, UserError
@@ -112,10 +113,10 @@ def test_reference_samples_are_drawn_before_the_policy_moves_and_only_once(tmp_p
 def test_online_reference_uses_the_frozen_weights(tmp_path, tiny_model):
     tree = support.tiny_run(tmp_path, tiny_model, train__steps=4, train__learning_rate=0.05, reference__mode="online")
     with setup.prepare(config.parse(tree), Display(quiet=True)) as prepared:
-        loop._ahead_of_the_first_step(prepared)
+        sampling.before_the_first_step(prepared, threading.Event())
         frozen = prepared.policy.fingerprint()
-        for step in range(3):
-            loop._train_step(prepared, step, loop._Progress())
+        for step in (1, 2, 3):
+            loop.train_step(prepared, step, report.Totals())
         assert prepared.policy.fingerprint() != frozen
         reference = type(prepared.policy)(prepared.engine._reference, prepared.policy.tokenizer, 1.0)
         assert reference.fingerprint() == frozen
@@ -198,7 +199,7 @@ sys.exit(commands.train(config.parse({tree!r}), "CONFIG.toml"))
     assert len(records) == len(path.read_text().splitlines())
     if presses == 1:
         assert child.returncode == 130, output
-        assert "finishing this step, then saving" in output
+        assert "finishing what is under way, then saving" in output
         summary = json.loads((tmp_path / "run" / "summary.json").read_text())
         assert summary["status"] == "interrupted" and summary["steps"] == len(records)
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")

@@ -1,0 +1,107 @@
+"""Drawing and scoring: the policy's groups of each step, and the rewards of the frozen reference."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from aapo_fast.rollout.reference import pair
+from aapo_fast.trainer.setup import Run, rollout_seed
+from aapo_fast.types import Group, Problem, UserError, Weights
+
+REFERENCE_FILL_PROBLEMS = 16
+"""Problems whose reference rewards are committed together; what a kill can lose."""
+
+
+def rollout(run: Run, problems: Sequence[Problem], step: int, weights: Weights) -> list[Group]:
+    """G completions of each problem, not yet scored. Seeds depend on run, step and place in the step."""
+    # The reference draws from seeds of its own: with the policy's it would repeat the policy's samples at first.
+    offset = 0 if weights == "policy" else 1_000_000
+    drawn = run.engine.generate(
+        [p.prompt_ids for p in problems],
+        n=run.config.rollout.group_size,
+        sampling=run.sampling,
+        seeds=[rollout_seed(run.config.run.seed, step, offset + i) for i in range(len(problems))],
+        weights=weights,
+    )
+    return [Group(problem, samples) for problem, samples in zip(problems, drawn, strict=True)]
+
+
+def score(run: Run, groups: Sequence[Group], where: str) -> list[str]:
+    """Fill in the rewards, NaN where one is missing; returns what failed.
+
+    Args:
+        where: for the message: "step 3".
+
+    Raises:
+        UserError: a larger share failed than [scoring] allows.
+    """
+    failures = []
+    for group in groups:
+        for sample in group.samples:
+            result = run.scorer.score(group.problem, sample.text)
+            group.rewards.append(result.reward)
+            if result.failure is not None:
+                failures.append(f"{group.problem.row}: {result.failure}")
+    for failure in failures[:3]:
+        run.display.note(f"no reward: {failure}")
+    total = sum(len(group.samples) for group in groups)
+    limit = run.config.scoring.max_failure_share
+    if len(failures) > limit * total:
+        raise UserError(
+            f"{where}: {len(failures)} of {total} completions have no reward, over "
+            f"scoring.max_failure_share={limit:g}; the first: {failures[0]}"
+        )
+    return failures
+
+
+# --- the frozen reference -------------------------------------------------------------------------------------------
+
+
+def before_the_first_step(run: Run, stop: threading.Event) -> float:
+    """While the policy still is the reference: fill the cache with the problems of the whole run, or keep a copy of the
+    weights. Returns the seconds it took. Once ``stop`` is set, what is left to draw is left to the next run.
+    """
+    start = time.perf_counter()
+    if run.config.reference.mode == "online":
+        run.engine.keep_reference()
+    if run.cache is not None:
+        todo = run.cache.missing([p for problems in run.schedule for p in problems])
+        samples = run.config.reference.samples
+        if todo:
+            run.display.note(f"reference: {samples} completions of {len(todo)} problems, drawn once and kept")
+        with run.display.progress("reference") as update:
+            for first in range(0, len(todo), REFERENCE_FILL_PROBLEMS):
+                if stop.is_set():
+                    break
+                run.cache.fill(todo[first : first + REFERENCE_FILL_PROBLEMS], lambda p, s: _draw(run, p, s))
+                update(min(first + REFERENCE_FILL_PROBLEMS, len(todo)), len(todo))
+    return time.perf_counter() - start
+
+
+def _draw(run: Run, problems: Sequence[Problem], seeds: Sequence[int]) -> list[list[float]]:
+    drawn = run.engine.generate(
+        [p.prompt_ids for p in problems],
+        n=run.config.reference.samples,
+        sampling=run.sampling,
+        seeds=seeds,
+        weights="reference",
+    )
+    groups = [Group(problem, samples) for problem, samples in zip(problems, drawn, strict=True)]
+    score(run, groups, "the reference")
+    return [group.rewards for group in groups]
+
+
+def reference_rewards(run: Run, problems: Sequence[Problem], step: int) -> list[float] | None:
+    """(B,) what each sample's reward is set against; None without reference."""
+    if run.config.reference.mode == "none":
+        return None
+    if run.cache is None:
+        groups = rollout(run, problems, step, "reference")
+        score(run, groups, f"the reference at step {step}")
+        drawn = [group.rewards for group in groups]
+    else:
+        drawn = [run.cache.rewards(problem) for problem in problems]
+    size, pairing = run.config.rollout.group_size, run.config.reference.pairing
+    return [reward for rewards in drawn for reward in pair(rewards, size, pairing)]
