@@ -28,7 +28,7 @@ from datasets import Dataset
 from dense_reward import dense_reward
 from trl import GRPOConfig, GRPOTrainer
 
-from aapo_fast import config
+from aapo_fast import cli, config
 from aapo_fast.models.load import load_model
 from aapo_fast.trainer import loop, report, sampling, setup
 from aapo_fast.trainer.display import Display
@@ -51,7 +51,7 @@ def our_config(folder: str) -> config.Config:
         "train.schedule": "constant",
         "train.warmup_steps": "0",
     }
-    return config.load(Path(config.__file__).parent / "cli" / "quickstart.toml", list(settings.items()))
+    return config.load(cli.QUICKSTART, list(settings.items()))
 
 
 class Ours:

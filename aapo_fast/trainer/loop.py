@@ -43,20 +43,25 @@ def train(config: Config, display: Display | None = None) -> dict[str, Any]:
         before = None if stop.is_set() else evaluate_held_out(run, step=0)
         try:
             _steps(run, totals, stop)
-        finally:
-            # Also on the way out with an error: the weights so far are worth keeping.
-            if totals.steps:
-                save_model(run.policy.model, run.policy.tokenizer, run.folder.path / MODEL)
-                plot_run(run.folder.path)
+        except UserError:
+            _save(run, totals)
+            raise
+        _save(run, totals)
         after = None if stop.is_set() else evaluate_held_out(run, step=totals.steps)
         summary = summarise(run, before, after, totals, time.perf_counter() - start)
         run.folder.write(SUMMARY, summary)
-        if before is not None and after is not None:
+        if totals.steps:
             plot_run(run.folder.path)
+        if before is not None and after is not None:
             shown = run.problems.held_out[:4]
             columns = {"before": before.samples, "after": after.samples}
             display.completions("Held-out problems, greedy", shown, columns)
         return summary
+
+
+def _save(run: Run, totals: Totals) -> None:
+    if totals.steps:
+        save_model(run.policy.model, run.policy.tokenizer, run.folder.path / MODEL)
 
 
 def _steps(run: Run, totals: Totals, stop: threading.Event) -> None:

