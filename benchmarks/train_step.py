@@ -92,7 +92,7 @@ def main() -> None:
     steps = arguments.rounds + WARMUP
 
     with tempfile.TemporaryDirectory() as folder, setup.prepare(our_config(folder), Display(quiet=True)) as run:
-        model, tokenizer = load_model(run.config.model.path, torch.float32, torch.device("cpu"))
+        model, tokenizer = load_model(run.config.model.path, torch.device("cpu"))
         model.set_attn_implementation("sdpa")
         turns = TakeTurns(Ours(run))
         trl = GRPOTrainer(

@@ -69,7 +69,7 @@ def test_every_option_is_documented():
         ({"advantage.delta_low": "0.5"}, "advantage.delta_low=0.5 must not exceed advantage.delta_high=0.28"),
         ({"rollout.group_size": "1", "reference.mode": "none"}, "leaves every advantage zero"),
         ({"train.warmup_steps": "60"}, "train.warmup_steps=60 must be below train.steps=60"),
-        ({"data.held_out": "0"}, "eval.every=10 needs problems to evaluate on"),
+        ({"data.held_out": "0"}, "eval.every=20 needs problems to evaluate on"),
         ({"rewards.0.function": "mine"}, "rewards.0.function='mine' must be reasoning_gym"),
         ({"rewards.0.pattern": "x"}, "rewards.0.pattern='x' goes with function='format'"),
         ({"rewards.0.function": "format"}, "rewards.0.pattern='' goes with function='format'"),

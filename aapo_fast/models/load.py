@@ -25,14 +25,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("AAPO_FAST_CACHE") or Path.home() / ".cache" / "aapo-fast")
 
 
-def load_model(path: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
-    """A causal language model, in eval mode (training must see the distribution that samples: no dropout), and its
-    tokenizer.
+def load_model(path: str, device: torch.device) -> tuple[Any, Any]:
+    """A causal language model in float32 and eval mode (training must see the distribution that samples: no dropout),
+    and its tokenizer.
 
     Args:
         path: a folder, a hub name, or ``package:NAME`` for the GGUF file in the installed Python package NAME.
-        dtype: of the parameters.
-        device: where they go.
+        device: where it goes.
 
     Raises:
         UserError: nothing there, or its head cannot be used (``models.head``).
@@ -40,14 +39,31 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device) -> tuple[Any
     source = _unpack(path.removeprefix(PACKAGE_SCHEME)) if path.startswith(PACKAGE_SCHEME) else path
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(f"model.path={path!r} cannot be loaded: {first_line}") from error
-    if getattr(model, "_supports_attention_backend", False):
-        model.set_attn_implementation(attention.NAME)
     check_head(model)
+    take_over_attention(model)
     return model, tokenizer
+
+
+@torch.no_grad()
+def take_over_attention(model: Any) -> None:
+    """Route the model's attention through ``models.attention``, if that leaves its logits as they are.
+
+    It does not where attention is more than queries, keys, values, masks and a soft-cap (attention sinks, say). Such a
+    model keeps its own attention; its batches are padded.
+    """
+    if not getattr(model, "_supports_attention_backend", False):
+        return
+    native = model.config._attn_implementation
+    ids = torch.arange(1, 9, device=model.device)[None] % model.get_output_embeddings().weight.shape[0]
+    truth = model(input_ids=ids, use_cache=False).logits
+    model.set_attn_implementation(attention.NAME)
+    ours = model(input_ids=ids, use_cache=False).logits
+    if not (ours - truth).norm() <= 1e-3 * truth.norm():
+        model.set_attn_implementation(native)
 
 
 def steers_attention(model: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ class Policy:
     @classmethod
     def from_config(cls, config: ModelConfig, temperature: float) -> Policy:
         """Load the model that [model] names. Raises UserError if it or its device cannot be had."""
-        model, tokenizer = load_model(config.path, getattr(torch, config.dtype), resolve_device(config.device))
+        model, tokenizer = load_model(config.path, resolve_device(config.device))
         return cls(model, tokenizer, temperature, config.implementation)
 
     def batch(self, samples: Sequence[Weighted]) -> Batch:
@@ -77,7 +78,9 @@ class Policy:
 
     def fingerprint(self) -> str:
         """A digest of config and weights: the same model, whatever its name and folder."""
-        digest = hashlib.sha256(type(self.model).__name__.encode())
+        settings = self.model.config.to_dict()
+        settings = {k: v for k, v in settings.items() if k not in ("_name_or_path", "transformers_version")}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, tensor in self.model.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)

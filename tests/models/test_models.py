@@ -121,6 +121,19 @@ def test_a_model_whose_layers_mix_packed_rows_is_padded():
     assert not Policy(model, support.tokenizer(), 1.0).packed
 
 
+def test_attention_that_ours_would_change_stays_the_models_own():
+    """Attention sinks (gpt-oss) are one more column of scores, of which our attention knows nothing."""
+    sizes = support.SIZES | {"num_local_experts": 2, "num_experts_per_tok": 1, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes)).eval()
+    native = model.config._attn_implementation
+    load.take_over_attention(model)
+    assert model.config._attn_implementation == native and not Policy(model, support.tokenizer(), 1.0).packed
+    plain = support.tiny()
+    load.take_over_attention(plain)
+    assert load.steers_attention(plain)
+
+
 def test_head_of_each_family():
     assert find_head(support.tiny("granite, scaled logits")).logit_scale == 0.25
     gemma = find_head(support.tiny("gemma2, both soft-caps"))
@@ -175,7 +188,7 @@ def test_a_model_without_a_head_is_refused():
 )
 def test_models_that_are_not_there(path, match):
     with pytest.raises(UserError, match=match) as refusal:
-        load.load_model(path, torch.float32, torch.device("cpu"))
+        load.load_model(path, torch.device("cpu"))
     assert "\n" not in str(refusal.value)
 
 
@@ -203,6 +216,9 @@ def test_fingerprints_tell_models_apart():
     with torch.no_grad():
         same.model.lm_head.weight[0, 0] += 1e-3
     assert one.fingerprint() != same.fingerprint()
+    other_rotation = make_policy_of(support.tiny(seed=0))
+    other_rotation.model.config.rope_parameters["rope_theta"] = 100.0
+    assert one.fingerprint() != other_rotation.fingerprint()
 
 
 def make_policy_of(model):

@@ -108,6 +108,27 @@ def test_error_against_float64_is_the_rounding_of_the_result(dtype, scale):
     assert ours.logps.dtype == torch.float32
 
 
+@pytest.mark.parametrize(("dtype", "upstream"), [(torch.bfloat16, 1 / 3), (torch.float16, 65536.0)])
+def test_the_upstream_scale_costs_no_rounding(dtype, upstream):
+    """A loss over 200,000 tokens in fp16 lives by its loss scaler: unscaled, its gradient underflows."""
+    inputs = problem(64, 16, 101, dtype=dtype)
+    wide = [t.detach().double().requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs]
+    _, true_grads = run("reference", wide, af.SFT(2e5), upstream=upstream)
+    _, grads = run("torch", inputs, af.SFT(2e5), upstream=upstream)
+    for grad, true_grad in zip(grads, true_grads, strict=True):
+        assert relative(grad, true_grad) <= 1.1 * relative(true_grad.to(dtype), true_grad)
+
+
+def test_a_second_backward_gives_the_same_gradient_again():
+    hidden, weight, targets, _ = problem(8, 8, 31)
+    loss = af.linear_policy_loss(hidden, weight, targets, af.SFT(8.0)).loss
+    loss.backward(retain_graph=True)
+    once = weight.grad.clone()
+    weight.grad.mul_(3.0)
+    loss.backward()
+    assert relative(weight.grad, 4 * once) < 1e-14
+
+
 @pytest.mark.parametrize("shift", [-200.0, 1000.0])
 def test_shifted_logits(shift):
     hidden, weight, targets, _ = problem(20, 8, 50, dtype=torch.float32)

@@ -76,7 +76,7 @@ def linear_policy_loss(
 
     Gradients reach ``hidden``, ``weight`` and ``bias``, each only if it requires one; they are computed here, in the
     forward, and handed out in the backward. Statistics and weight gradients are kept in fp32 (fp64 for fp64 inputs)
-    and rounded once to the dtype of their tensor.
+    and rounded once, in the backward, to the dtype of their tensor.
 
     Args:
         hidden: (N, H) fp64, fp32, bf16 or fp16.

@@ -44,8 +44,7 @@ class _Pass:
         self.buffer = torch.empty(self.rows, v, dtype=self.dtype, device=hidden.device)
         self.scratch = torch.empty_like(self.buffer)
         want_hidden, want_weight, want_bias = wanted
-        self.d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
-        self.d_chunk = self.buffer.new_empty(self.rows, hidden.shape[1]) if want_hidden else None
+        self.d_hidden = self.buffer.new_empty(hidden.shape) if want_hidden else None
         self.d_weight = self.buffer.new_zeros(weight.shape) if want_weight else None
         self.d_bias = self.buffer.new_zeros(v) if want_bias else None
 
@@ -63,17 +62,16 @@ class _Pass:
 
     def add_gradient(self, chunk: slice, d: Tensor) -> None:
         """Spend the gradient rows ``d`` (C, V) of one chunk on the accumulators."""
-        if self.d_hidden is not None and self.d_chunk is not None:
-            self.d_hidden[chunk] = products.hidden_gradient(d, self.weight, self.d_chunk[: d.shape[0]])
+        if self.d_hidden is not None:
+            products.hidden_gradient(d, self.weight, self.d_hidden[chunk])
         if self.d_weight is not None:
             products.add_weight_gradient(d, self.hidden[chunk], self.d_weight)
         if self.d_bias is not None:
             self.d_bias += d.sum(0)
 
-    def gradients(self, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        d_weight = None if self.d_weight is None else self.d_weight.to(self.weight.dtype)
-        d_bias = None if self.d_bias is None or bias is None else self.d_bias.to(bias.dtype)
-        return self.d_hidden, d_weight, d_bias
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """With respect to hidden, weight and bias, in the compute dtype."""
+        return self.d_hidden, self.d_weight, self.d_bias
 
 
 def _wanted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
@@ -127,18 +125,27 @@ class _PolicyLoss(torch.autograd.Function):
             if any(call.wanted):
                 d = rows_torch.gradient(stats, call.targets[chunk], d_logps, d_entropy, call.transform)
                 work.add_gradient(chunk, d)
-        ctx.save_for_backward(*work.gradients(bias))
+        ctx.save_for_backward(*work.gradients())
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         ctx.mark_non_differentiable(logps, entropy)
         return loss, logps, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-        gradients = ctx.saved_tensors
-        # The usual upstream gradient is one; looking costs nothing on the CPU, and would stall a GPU.
-        if d_loss.device.type == "cpu" and d_loss.item() == 1.0:
-            return (*gradients, None)
-        return (*(None if g is None else g * d_loss.to(g.dtype) for g in gradients), None)
+        # Rounded here and only once: before the upstream scale (1/3 of an accumulation, 65536 of a loss scaler) an fp16
+        # gradient divided by many tokens would already have vanished.
+        return (*(_scaled(g, d_loss, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)), None)
+
+
+def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """``gradient * scale`` in ``dtype``, with no buffer beyond the result."""
+    if gradient is None:
+        return None
+    # The usual scale is one; looking costs nothing on the CPU, and would stall a GPU.
+    if gradient.dtype == dtype and scale.device.type == "cpu" and scale.item() == 1.0:
+        return gradient
+    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _differentiate(
@@ -193,4 +200,5 @@ class _LogProbs(torch.autograd.Function):
             stats = work.statistics(chunk, targets, ctx.transform)
             d = rows_torch.gradient(stats, targets[chunk], d_logps[chunk], d_entropy[chunk], ctx.transform)
             work.add_gradient(chunk, d)
-        return (*work.gradients(bias), None, None)
+        gradients = zip(work.gradients(), (hidden, weight, bias), strict=True)
+        return (*(None if g is None else g.to(t.dtype) for g, t in gradients), None, None)
