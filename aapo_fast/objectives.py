@@ -110,7 +110,10 @@ class GRPO:
 
     def __call__(self, tokens: Tokens) -> Tensor:
         advantage = self.advantages[self.sequence_index[tokens.rows]]
-        old = tokens.logps.detach() if self.old_logps is None else self.old_logps[tokens.rows]
+        old = tokens.logps.detach()
+        if self.old_logps is not None:
+            # Where there is no advantage an earlier call may have left NaN; it must not reach the sum as 0 * NaN.
+            old = torch.where(advantage == 0, old, self.old_logps[tokens.rows])
         ratio = torch.exp(tokens.logps - old)
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         return -torch.minimum(ratio * advantage, clipped * advantage) / self.num_tokens

@@ -2,7 +2,9 @@
 
 import math
 import os
+import subprocess
 import time
+from pathlib import Path
 
 
 def starts_with_answer(completions, prompts, answer, **columns):
@@ -65,3 +67,9 @@ def ends_the_process(completions, prompts, **columns):
 def prints(completions, prompts, **columns):
     print("a reward function may print")
     return [1.0]
+
+
+def starts_a_process_and_hangs(completions, prompts, file, **columns):
+    child = subprocess.Popen(["sleep", "3600"])
+    Path(file[0]).write_text(str(child.pid))
+    child.wait()

@@ -64,11 +64,18 @@ FAMILIES = {
     "cohere, scaled logits": (transformers.CohereConfig, {"logit_scale": 0.25}),
     "phi, biased head": (transformers.PhiConfig, {}),
 }
+RECURRENT = {
+    "lfm2, convolutions": (transformers.Lfm2Config, {"layer_types": ["conv", "full_attention"]}),
+    "falcon-h1, recurrent": (
+        transformers.FalconH1Config,
+        {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8},
+    ),
+}
 
 
 def tiny(family="llama", seed=0, dtype=torch.float32):
     """A model of the family with random weights, wide enough apart that its distributions are not flat."""
-    config_class, changes = FAMILIES[family]
+    config_class, changes = {**FAMILIES, **RECURRENT}[family]
     torch.manual_seed(seed)
     config = config_class(**(SIZES | {"initializer_range": 0.2} | changes))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

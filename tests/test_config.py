@@ -18,7 +18,8 @@ def test_overrides():
         [
             ("train.steps", "7"),
             ("train.learning_rate", "1"),
-            ("run.folder", "runs/else where"),
+            ("run.folder", "123"),
+            ("data.template", '"Q: {expression}\\n"'),
             ("rewards.0.weight", "2.5"),
             ("rollout.stop", '["a", "b"]'),
             ("data.options.max_digits", "3"),
@@ -26,7 +27,7 @@ def test_overrides():
         ],
     )
     assert loaded.train.steps == 7 and loaded.train.learning_rate == 1.0
-    assert loaded.run.folder == "runs/else where" and loaded.run.tensorboard is True
+    assert loaded.run.folder == "123" and loaded.data.template == "Q: {expression}\n" and loaded.run.tensorboard is True
     assert loaded.rewards[0].weight == 2.5 and loaded.rollout.stop == ["a", "b"]
     assert loaded.data.options["max_digits"] == 3 and loaded.data.options["min_digits"] == 1
 
@@ -63,7 +64,7 @@ def test_every_option_is_documented():
         ({"rollout.stop": '[""]'}, "rollout.stop has an empty string"),
         ({"rollout.temperature": "0"}, "rollout.temperature=0.0 must be above 0"),
         ({"rollout.top_p": "1.5"}, "rollout.top_p=1.5 must lie in (0, 1]"),
-        ({"train.beta1": "2"}, "train.beta1=2.0 must lie in [0, 1]"),
+        ({"train.beta1": "2"}, "train.beta1=2.0 must lie in [0, 1)"),
         ({"scoring.max_failure_share": "3"}, "scoring.max_failure_share=3.0 must lie in [0, 1]"),
         ({"scoring.time_limit_seconds": "0"}, "scoring.time_limit_seconds=0.0 must be above 0"),
         ({"advantage.delta_low": "0.5"}, "advantage.delta_low=0.5 must not exceed advantage.delta_high=0.28"),

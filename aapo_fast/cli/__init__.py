@@ -42,7 +42,7 @@ def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
     settings = config.load(path, overrides)
     if arguments.command == "eval":
         return commands.evaluate(settings, arguments.output)
-    return commands.train(settings, str(path))
+    return commands.train(settings, str(path), overrides)
 
 
 def _split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("config", type=Path, metavar="CONFIG.toml")
     evaluate.add_argument(
-        "--output", type=Path, metavar="FILE.json", help="write every completion and its reward there"
+        "--output", type=Path, metavar="FILE.json", help="write accuracy, greedy completions and rewards"
     )
 
     plot = commands.add_parser("plot", help="draw the learning curve of a run")

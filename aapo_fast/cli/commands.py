@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from aapo_fast.config import Config, ConfigError
@@ -20,7 +22,7 @@ try:
     from aapo_fast.trainer.display import Display
     from aapo_fast.trainer.evaluate import evaluate as run_evaluation
     from aapo_fast.trainer.policy import Policy
-    from aapo_fast.trainer.records import CURVE, MODEL
+    from aapo_fast.trainer.records import CURVE, without_nan
     from aapo_fast.trainer.setup import sampling_params
 except ModuleNotFoundError as error:
     raise UserError(f"the package {error.name} is missing; run: pip install 'aapo-fast[train]'") from error
@@ -30,7 +32,7 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-def train(config: Config, config_path: str) -> int:
+def train(config: Config, config_path: str, overrides: Sequence[tuple[str, str]] = ()) -> int:
     """Train, then say what came of it and what to type next."""
     display = Display()
     summary = loop.train(config, display)
@@ -42,24 +44,37 @@ def train(config: Config, config_path: str) -> int:
             f"{summary['accuracy_before']:.2f} before, {summary['accuracy_after']:.2f} after {summary['steps']} steps"
         )
     if summary["steps"]:
+        model = summary["model"]
         display.note(
             f"{summary['seconds_per_step']:.1f} s a step, reference rewards included; "
             f"{summary['wall_seconds']:.0f} s in all"
         )
         display.note(f"learning curve  {folder / CURVE}")
-    display.note(f"trained model   {folder / MODEL}")
-    display.note("")
-    display.note("What to type next:")
-    display.note(f"  aapo-fast eval {config_path} --model.path {folder / MODEL}")
-    display.note(f"  aapo-fast train {config_path} --run.folder {folder}-2 --rollout.group_size 16 --run.seed 1")
-    display.note("  aapo-fast doctor")
+        display.note(f"trained model   {model}")
+        display.note("")
+        display.note("What to type next:")
+        display.note(f"  aapo-fast eval {_retyped(config_path, overrides, ('model.path', model))}")
+        again = _retyped(config_path, overrides, ("run.folder", f"{folder}-2"), ("run.seed", "1"))
+        display.note(f"  aapo-fast train {again} --rollout.group_size 16")
+        display.note("  aapo-fast doctor")
     return 130 if summary["status"] == "interrupted" else 0
+
+
+def _retyped(config_path: str, overrides: Sequence[tuple[str, str]], *changes: tuple[str, str]) -> str:
+    """The arguments of this run, with some settings changed."""
+    settings = dict([*overrides, *changes])
+    return " ".join([shlex.quote(config_path), *(f"--{key} {shlex.quote(value)}" for key, value in settings.items())])
 
 
 def evaluate(config: Config, output: Path | None) -> int:
     """Held-out accuracy of the model that [model] names."""
     if not config.data.held_out:
         raise ConfigError("data.held_out=0: there is nothing to evaluate on")
+    if output is not None:
+        try:
+            output.touch()  # now, not after minutes of evaluation
+        except OSError as error:
+            raise UserError(f"--output {output} cannot be written: {error.strerror or error}") from error
     display = Display()
     with Scorer(config.rewards, config.scoring) as scorer:
         policy = Policy.from_config(config.model, config.rollout.temperature)
@@ -75,11 +90,11 @@ def evaluate(config: Config, output: Path | None) -> int:
         display.completions("Greedy completions", problems[:4], {"completion": result.samples[:4]})
         if output is not None:
             lines = [
-                {"prompt": problem.prompt, "completion": sample.text, "answer": problem.columns["answer"]}
-                for problem, sample in zip(problems, result.samples, strict=True)
+                {"prompt": p.prompt, "completion": s.text, "answer": p.columns["answer"], "reward": value}
+                for p, s, value in zip(problems, result.samples, result.values, strict=True)
             ]
-            accuracy = {"greedy_accuracy": result.greedy, "sampled_accuracy": result.sampled}
-            output.write_text(json.dumps({**accuracy, "greedy": lines}, indent=2) + "\n", encoding="utf-8")
+            content = {"greedy_accuracy": result.greedy, "sampled_accuracy": result.sampled, "greedy": lines}
+            output.write_text(json.dumps(without_nan(content), indent=2, default=str) + "\n", encoding="utf-8")
     return 0
 
 

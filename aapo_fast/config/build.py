@@ -37,7 +37,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def override(tree: dict[str, Any], key: str, text: str) -> None:
-    """Set one dotted key. The text is read as a TOML value; what is none is a string."""
+    """Set one dotted key to a text from the command line, which ``build`` reads as the key's type wants."""
     *parents, last = key.split(".")
     node: Any = tree
     for depth, part in enumerate(parents):
@@ -49,7 +49,7 @@ def override(tree: dict[str, Any], key: str, text: str) -> None:
         node = node.setdefault(part, empty)
     if isinstance(node, list) or not isinstance(node, dict):
         raise ConfigError(f"--{key}: {'.'.join(parents)} has no key {last!r}")
-    node[last] = _toml_value(text)
+    node[last] = _Text(text)
 
 
 def _item(items: list[Any], part: str, key: str) -> Any:
@@ -58,11 +58,21 @@ def _item(items: list[Any], part: str, key: str) -> Any:
     return items[int(part)]
 
 
+class _Text(str):
+    """A value as it was typed on the command line."""
+
+
+def _read(text: _Text, kind: Any) -> Any:
+    """For a string the text itself (TOML's quotes may be used, for escapes); else a TOML value, or the text if none."""
+    wants_text = kind is str or typing.get_origin(kind) is Literal
+    return str(text) if wants_text and text[:1] not in ("'", '"') else _toml_value(text)
+
+
 def _toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return text
+        return str(text)
 
 
 def build(cls: type[T], tree: Any, where: str = "") -> T:
@@ -71,6 +81,8 @@ def build(cls: type[T], tree: Any, where: str = "") -> T:
     Raises:
         ConfigError: an unknown key or a value of another type.
     """
+    if isinstance(tree, _Text):
+        tree = _toml_value(tree)
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{where}={tree!r} must be a table")
     hints = typing.get_type_hints(cls)
@@ -87,6 +99,8 @@ def _join(where: str, key: str) -> str:
 
 
 def _convert(kind: Any, value: Any, key: str) -> Any:
+    if isinstance(value, _Text):
+        value = _read(value, kind)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return build(typing.cast(type, kind), value, key)
@@ -103,6 +117,8 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
     plain = dict if origin is dict else kind
     if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
         raise ConfigError(f"{key}={value!r} must be {type_name(kind)}, not {type(value).__name__}")
+    if origin is dict:
+        return {k: _read(v, None) if isinstance(v, _Text) else v for k, v in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key}={value!r} must be finite")
     return value

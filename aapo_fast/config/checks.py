@@ -37,11 +37,12 @@ def check(c: Config) -> None:
     for key, share in (
         ("scoring.max_failure_share", c.scoring.max_failure_share),
         ("train.min_learning_rate_ratio", c.train.min_learning_rate_ratio),
-        ("train.beta1", c.train.beta1),
-        ("train.beta2", c.train.beta2),
     ):
         if not 0 <= share <= 1:
             raise ConfigError(f"{key}={share} must lie in [0, 1]")
+    for key, beta in (("train.beta1", c.train.beta1), ("train.beta2", c.train.beta2)):
+        if not 0 <= beta < 1:
+            raise ConfigError(f"{key}={beta} must lie in [0, 1)")
     _check_combinations(c)
     _check_rewards(c.rewards)
 

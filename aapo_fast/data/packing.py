@@ -18,6 +18,9 @@ import torch
 
 from aapo_fast.types import Batch, Sample, Segments
 
+Pair = tuple[list[int], list[int]]
+"""Queries and keys of one attention problem, as positions in the packed row."""
+
 
 @dataclass(frozen=True)
 class Weighted:
@@ -76,7 +79,8 @@ def pack(samples: Sequence[Weighted], device: torch.device | str = "cpu") -> Bat
         targets += completion
         sequence_index += [index] * len(completion)
 
-    segments = tuple(_segments(group, positions, device) for group in (prompt_segments, completion_segments) if group)
+    buckets = [*_buckets(prompt_segments), *_buckets(completion_segments)]
+    segments = tuple(_segments(bucket, positions, device) for bucket in buckets)
     return Batch(
         input_ids=torch.tensor([ids], device=device),
         position_ids=torch.tensor([positions], device=device),
@@ -89,9 +93,24 @@ def pack(samples: Sequence[Weighted], device: torch.device | str = "cpu") -> Bat
     )
 
 
-def _segments(
-    pairs: Sequence[tuple[list[int], list[int]]], positions: Sequence[int], device: torch.device | str
-) -> Segments:
+def _buckets(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
+    """Cut attention problems into groups of similar size, so that padding them to one shape at most doubles the scores:
+    one long completion must not make a hundred short ones as long.
+    """
+    bucket: list[Pair] = []
+    real = most_queries = most_keys = 0
+    for queries, keys in sorted(pairs, key=lambda pair: (len(pair[1]), len(pair[0])), reverse=True):
+        most_queries, most_keys = max(most_queries, len(queries)), max(most_keys, len(keys))
+        real += len(queries) * len(keys)
+        if bucket and (len(bucket) + 1) * most_queries * most_keys > 2 * real:
+            yield bucket
+            bucket, real, most_queries, most_keys = [], len(queries) * len(keys), len(queries), len(keys)
+        bucket.append((queries, keys))
+    if bucket:
+        yield bucket
+
+
+def _segments(pairs: Sequence[Pair], positions: Sequence[int], device: torch.device | str) -> Segments:
     """Pad the queries and keys of several attention problems to one shape."""
     most_queries = max(len(q) for q, _ in pairs)
     most_keys = max(len(k) for _, k in pairs)

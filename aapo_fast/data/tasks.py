@@ -122,13 +122,13 @@ def _file_rows(source: str) -> Iterator[Row]:
         return
     if path.suffix != ".jsonl":
         raise DataError(f"data.source={source!r} must end in .jsonl or .parquet")
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line.decode("utf-8"))
+            except ValueError as error:  # not JSON, or not even UTF-8
                 raise DataError(f"{path.name} line {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise DataError(f"{path.name} line {number} is a JSON {type(row).__name__}; give an object a line")
@@ -152,17 +152,20 @@ def _hub_rows(config: DataConfig) -> Iterator[Row]:
 
 
 def _problem(config: DataConfig, tokenizer: Any, row: str, columns: Mapping[str, Any]) -> Problem:
-    if columns.get(config.answer_column) is None:
+    # Some reasoning-gym tasks have many right answers and a scorer, and so no answer to show.
+    if columns.get(config.answer_column) is None and not config.source.startswith(REASONING_GYM):
         raise DataError(
             f"{row} has no {config.answer_column!r}; it has {_names(columns)} (set data.answer_column if it is another)"
         )
     try:
         text = config.template.format_map(columns)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise DataError(
             f"{row} does not fit data.template={config.template!r}: {error!r}; it has {_names(columns)}"
         ) from error
     if config.chat_template:
+        if not tokenizer.chat_template:
+            raise DataError("data.chat_template=true, but the model's tokenizer has none; set it to false")
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
@@ -173,7 +176,7 @@ def _problem(config: DataConfig, tokenizer: Any, row: str, columns: Mapping[str,
         raise DataError(
             f"{row} makes a prompt of {len(ids)} tokens, over data.max_prompt_tokens={config.max_prompt_tokens}"
         )
-    return Problem(row, text, tuple(ids), {**columns, "answer": columns[config.answer_column]})
+    return Problem(row, text, tuple(ids), {**columns, "answer": columns.get(config.answer_column)})
 
 
 def _source(config: DataConfig) -> str:

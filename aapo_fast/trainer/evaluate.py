@@ -20,12 +20,14 @@ class Evaluation:
         sampled: mean share of right completions among the sampled ones; NaN if none were drawn.
         failures: completions without a reward.
         samples: the greedy completions, in the order of the problems.
+        values: what the first reward function gave each of them; NaN where it failed.
     """
 
     greedy: float
     sampled: float
     failures: int
     samples: list[Sample]
+    values: list[float]
 
 
 def evaluate(
@@ -42,25 +44,28 @@ def evaluate(
     greedy = engine.generate(
         prompts, n=1, sampling=replace(sampling, temperature=0.0, top_p=1.0), seeds=seeds, progress=progress
     )
-    right, failures = _right(scorer, problems, greedy, config.correct_at)
-    sampled_share = math.nan
+    values = _values(scorer, problems, greedy)
+    sampled_values: list[float] = []
     if config.samples:
         sampled = engine.generate(prompts, n=config.samples, sampling=sampling, seeds=seeds, progress=progress)
-        sampled_share, more = _right(scorer, problems, sampled, config.correct_at)
-        failures += more
-    return Evaluation(right, sampled_share, failures, [samples[0] for samples in greedy])
+        sampled_values = _values(scorer, problems, sampled)
+    return Evaluation(
+        greedy=_share(values, config.correct_at),
+        sampled=_share(sampled_values, config.correct_at),
+        failures=sum(map(math.isnan, [*values, *sampled_values])),
+        samples=[samples[0] for samples in greedy],
+        values=values,
+    )
 
 
-def _right(
-    scorer: Scorer, problems: Sequence[Problem], drawn: Sequence[Sequence[Sample]], correct_at: float
-) -> tuple[float, int]:
-    verdicts: list[bool] = []
-    failures = 0
-    for problem, samples in zip(problems, drawn, strict=True):
-        for sample in samples:
-            value = scorer.score(problem, sample.text).values[0]
-            if math.isnan(value):
-                failures += 1
-            else:
-                verdicts.append(value >= correct_at)
-    return (sum(verdicts) / len(verdicts) if verdicts else math.nan), failures
+def _values(scorer: Scorer, problems: Sequence[Problem], drawn: Sequence[Sequence[Sample]]) -> list[float]:
+    return [
+        scorer.score(problem, sample.text).values[0]
+        for problem, samples in zip(problems, drawn, strict=True)
+        for sample in samples
+    ]
+
+
+def _share(values: Sequence[float], correct_at: float) -> float:
+    verdicts = [value >= correct_at for value in values if not math.isnan(value)]
+    return sum(verdicts) / len(verdicts) if verdicts else math.nan

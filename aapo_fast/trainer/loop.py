@@ -43,7 +43,7 @@ def train(config: Config, display: Display | None = None) -> dict[str, Any]:
         before = None if stop.is_set() else evaluate_held_out(run, step=0)
         try:
             _steps(run, totals, stop)
-        except UserError:
+        except Exception:  # whatever it was, the weights so far are worth keeping
             _save(run, totals)
             raise
         _save(run, totals)
@@ -134,7 +134,7 @@ def _count_nonfinite(run: Run, finite: bool, totals: Totals) -> None:
 
 @contextmanager
 def _stop_on_interrupt(display: Display) -> Iterator[threading.Event]:
-    """The first Ctrl-C asks the loop to end after its step and save; the second ends at once."""
+    """The first Ctrl-C or SIGTERM asks the loop to end after its step and save; the second ends at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -146,8 +146,9 @@ def _stop_on_interrupt(display: Display) -> Iterator[threading.Event]:
         stop.set()
         display.note("interrupted: finishing what is under way, then saving; once more to stop at once")
 
-    earlier = signal.signal(signal.SIGINT, ask)
+    earlier = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, earlier)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

@@ -77,10 +77,13 @@ class Policy:
         )
 
     def fingerprint(self) -> str:
-        """A digest of config and weights: the same model, whatever its name and folder."""
+        """A digest of what decides completions beside the sampling: config, tokenizer, weights; not name and folder."""
         settings = self.model.config.to_dict()
         settings = {k: v for k, v in settings.items() if k not in ("_name_or_path", "transformers_version")}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        generation = getattr(self.model, "generation_config", None)
+        ends = [getattr(generation, "eos_token_id", None), self.tokenizer.eos_token_id]
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        digest = hashlib.sha256(json.dumps([settings, ends, vocabulary], sort_keys=True, default=str).encode())
         for name, tensor in self.model.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)

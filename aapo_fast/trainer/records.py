@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ class RunFolder:
 
     def __init__(self, path: Path, overwrite: bool = False, tensorboard: bool = False) -> None:
         self.path = path
-        if (path / METRICS).exists() and not overwrite:
+        if (path / METRICS).exists() and (path / METRICS).stat().st_size and not overwrite:
             raise UserError(
                 f"run.folder={str(path)!r} holds an earlier run; name another, or replace it with --run.overwrite true"
             )
@@ -45,6 +46,9 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             for name in (CONFIG, METRICS, EVALUATIONS, SAMPLES, SUMMARY, CURVE):
                 (path / name).unlink(missing_ok=True)
+            for events in path.glob("events.out.tfevents.*"):
+                events.unlink()
+            shutil.rmtree(path / MODEL, ignore_errors=True)
             (path / METRICS).touch()
         except OSError as error:
             raise UserError(f"run.folder={str(path)!r} cannot be written: {error.strerror or error}") from error
@@ -53,13 +57,13 @@ class RunFolder:
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
         scratch = self.path / f".{name}"
-        scratch.write_text(json.dumps(_without_nan(content), indent=2) + "\n", encoding="utf-8")
+        scratch.write_text(json.dumps(without_nan(content), indent=2, default=str) + "\n", encoding="utf-8")
         os.replace(scratch, self.path / name)
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Append a line of JSON; numbers of metrics and evaluations go to TensorBoard too. NaN is written as null."""
         with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_without_nan(line), ensure_ascii=False) + "\n")
+            file.write(json.dumps(without_nan(line), ensure_ascii=False) + "\n")
         if self._board is not None and name in (METRICS, EVALUATIONS):
             for key, value in flatten(line).items():
                 if isinstance(value, (int, float)) and key != "step":
@@ -69,7 +73,9 @@ class RunFolder:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a .jsonl file; a last line cut short by a kill is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if not line:
+            continue
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -100,12 +106,12 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """NaN and infinity to None: JSON has neither."""
     if isinstance(value, Mapping):
-        return {k: _without_nan(v) for k, v in value.items()}
+        return {k: without_nan(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
+        return [without_nan(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -29,7 +29,8 @@ def test_train_eval_and_plot(config_file, tmp_path, capsys):
     assert cli.main(["train", str(config_file), "--train.steps", "1", "--rollout.group_size=4"]) == 0
     out = capsys.readouterr().out
     assert "step 1/1" in out and "held-out accuracy (greedy, 4 problems)" in out
-    assert f"aapo-fast eval {config_file} --model.path {tmp_path / 'run' / 'model'}" in out.replace("\n", "")
+    suggested = "--train.steps 1 --rollout.group_size 4 --model.path"
+    assert f"aapo-fast eval {config_file} {suggested} {tmp_path / 'run' / 'model'}" in out
 
     output = tmp_path / "eval.json"
     model = str(tmp_path / "run" / "model")
@@ -38,6 +39,7 @@ def test_train_eval_and_plot(config_file, tmp_path, capsys):
     result = json.loads(output.read_text())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert result["greedy_accuracy"] == summary["accuracy_after"] and len(result["greedy"]) == 4
+    assert all(line["reward"] in (0.0, 1.0) for line in result["greedy"])
 
     (tmp_path / "run" / "curve.png").unlink()
     assert cli.main(["plot", str(tmp_path / "run")]) == 0
@@ -61,6 +63,11 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(arguments, message, cap
     assert cli.main(arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1
+
+
+def test_eval_refuses_an_unwritable_output_before_it_starts(config_file, capsys):
+    assert cli.main(["eval", str(config_file), "--output", "/nowhere/x.json"]) == 2
+    assert "--output /nowhere/x.json cannot be written: No such file" in capsys.readouterr().err
 
 
 def test_eval_without_held_out_problems(config_file, capsys):

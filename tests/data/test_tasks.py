@@ -76,6 +76,8 @@ def test_order_passes_over_all_problems_before_it_repeats():
         ('{"question": "a"}\n', {}, "rows.jsonl line 1 has no 'answer'; it has question"),
         ('\n{"question": "a", "answer": null}\n', {}, "rows.jsonl line 2 has no 'answer'"),
         ('{"q": "a", "answer": "b"}\n', {}, "data.template='{question}': KeyError('question'); it has answer, q"),
+        ('{"question": "a", "answer": "b"}\n', {"template": "{question[x]}"}, "fit data.template='{question[x]}'"),
+        ('{"question": "a", "answer": "b"}\n', {"chat_template": True}, "data.chat_template=true, but"),
         ("{not json}\n", {}, "rows.jsonl line 1 is not JSON"),
         ("[1, 2]\n", {}, "rows.jsonl line 1 is a JSON list; give an object a line"),
         ('{"question": "", "answer": "b"}\n', {}, "line 1 makes an empty prompt"),
@@ -109,10 +111,21 @@ def test_refused_sources(changes, message):
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
 
 
+def test_tasks_with_many_right_answers_have_none_to_show():
+    problems = load(source="reasoning_gym:graph_color", size=3, max_prompt_tokens=10_000)
+    assert problems.train[0].columns["answer"] is None
+
+
 def test_refused_file_kinds(tmp_path):
     (tmp_path / "rows.csv").write_text("a,b")
     with pytest.raises(DataError, match=r"must end in .jsonl or .parquet"):
         load(source=str(tmp_path / "rows.csv"))
+    (tmp_path / "rows.jsonl").write_bytes(b'{"question": "a"}\n\xff\xfe')
+    with pytest.raises(DataError, match="rows.jsonl line 1 has no 'answer'"):
+        load(source=str(tmp_path / "rows.jsonl"))
+    (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="rows.jsonl line 1 is not JSON: 'utf-8' codec"):
+        load(source=str(tmp_path / "rows.jsonl"))
     (tmp_path / "rows.parquet").write_text("not parquet")
     with pytest.raises(DataError, match="rows.parquet cannot be read"):
         load(source=str(tmp_path / "rows.parquet"))

@@ -134,6 +134,27 @@ def test_attention_that_ours_would_change_stays_the_models_own():
     assert load.steers_attention(plain)
 
 
+def test_a_window_that_only_the_mask_knows_forbids_packing():
+    """Qwen2-MoE gives its attention function no window; a short probe would not notice."""
+    sizes = support.SIZES | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
+    sizes |= {"shared_expert_intermediate_size": 32, "sliding_window": 8, "use_sliding_window": True}
+    config = transformers.Qwen2MoeConfig(**sizes, layer_types=["sliding_attention", "full_attention"])
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    load.take_over_attention(model)
+    assert load.steers_attention(model) and not Policy(model, support.tokenizer(), 1.0).packed
+
+
+def test_one_long_completion_does_not_make_the_short_ones_long():
+    rng = random.Random(0)
+    samples = [
+        Weighted(support.sample([1, 2, 3], [5] * n), 1.0) for n in (400, *(rng.randrange(2, 9) for _ in range(60)))
+    ]
+    batch = pack(samples)
+    real = sum(len(w.sample.token_ids[:-1]) * (3 + len(w.sample.token_ids[:-1])) for w in samples) + 9
+    assert sum(s.distance.numel() for s in batch.segments) <= 2 * real
+    assert sum(s.query_rows.numel() for s in batch.segments) == batch.input_ids.numel()
+
+
 def test_head_of_each_family():
     assert find_head(support.tiny("granite, scaled logits")).logit_scale == 0.25
     gemma = find_head(support.tiny("gemma2, both soft-caps"))

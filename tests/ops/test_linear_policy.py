@@ -188,7 +188,7 @@ def test_gradients_by_finite_differences():
 def test_rows_without_weight_cost_nothing_and_can_be_asked_for(monkeypatch):
     visited = []
     real = chunked.products.head_products
-    monkeypatch.setattr(chunked.products, "head_products", lambda x, w, out: visited.append(len(x)) or real(x, w, out))
+    monkeypatch.setattr(chunked.products, "head_products", lambda x, *rest: visited.append(len(x)) or real(x, *rest))
     hidden, weight, targets, _ = problem(40, 8, 31)
     advantages, index = torch.tensor([0.0, 1.0, 0.0, -2.0]), torch.arange(40) % 4
     objective = af.AAPO(advantages, index, 40.0)
@@ -321,6 +321,18 @@ def test_grpo_on_policy_has_the_gradient_of_aapo():
     _, grpo = run("torch", inputs, af.GRPO(advantages, index, 30.0))
     for a, b in zip(aapo, grpo, strict=True):
         assert relative(a, b) < 1e-13
+
+
+def test_grpo_takes_old_log_probabilities_with_the_gaps_that_an_earlier_call_left():
+    hidden, weight, targets, _ = problem(12, 8, 41)
+    advantages, index = torch.tensor([0.0, 1.0]), torch.arange(12) % 2
+    old = af.linear_policy_loss(hidden, weight, targets, af.AAPO(advantages, index, 12.0)).logps
+    assert old.isnan().sum() == 6
+    objective = af.GRPO(advantages, index, 12.0, old_logps=old)
+    sparse = af.linear_policy_loss(hidden, weight, targets, objective)
+    every = af.linear_policy_loss(hidden, weight, targets, objective, all_logps=True)
+    every.loss.backward()
+    assert relative(every.loss, sparse.loss) < 1e-14 and hidden.grad.isfinite().all()
 
 
 def test_a_clipped_token_has_no_gradient():

@@ -2,6 +2,7 @@
 
 import math
 import time
+from pathlib import Path
 
 import pytest
 import support
@@ -67,6 +68,34 @@ def test_a_hanging_reward_ends_at_its_time_limit_and_the_next_one_is_scored():
         assert math.isnan(score.reward)
         assert score.failure == "reward reward_functions:hangs took longer than scoring.time_limit_seconds=0.5"
         assert s.score(support.problem(), "good").reward == 1.0
+
+
+def test_a_hanging_rewards_own_processes_end_with_it(tmp_path):
+    with scorer("reward_functions:starts_a_process_and_hangs", limit=0.5) as s:
+        s.score(support.problem(file=str(tmp_path / "pid")), "x")
+        pid = int((tmp_path / "pid").read_text())
+        for _ in range(100):
+            try:
+                state = Path(f"/proc/{pid}/stat").read_text().split()[2]
+            except FileNotFoundError:
+                return
+            if state == "Z":  # dead, and waiting for a parent that does not collect
+                return
+            time.sleep(0.02)
+        pytest.fail("the reward's child is alive")
+
+
+def test_a_row_that_cannot_be_handed_over_is_a_missing_reward():
+    with scorer("reward_functions:number") as s:
+        score = s.score(support.problem(thing=lambda: None), "x")
+        assert math.isnan(score.reward) and "cannot be given test row 1" in score.failure
+        assert s.score(support.problem(), "x").reward == 0.5
+
+
+def test_imports_do_not_count_against_the_time_limit():
+    entry = {"metadata": {"source_dataset": "basic_arithmetic"}}
+    with scorer("reasoning_gym", "math_verify", limit=0.3) as s:
+        assert s.score(support.problem(answer="5", **entry), "5").failure is None
 
 
 def test_printing_does_not_disturb_the_answers():

@@ -30,6 +30,18 @@ def test_greedy_equals_the_full_forward_pass_without_cache_or_padding(engine):
         )
 
 
+@pytest.mark.parametrize("family", ["lfm2, convolutions", "falcon-h1, recurrent"])
+def test_recurrent_layers_are_copied_and_dropped_with_their_rows(family):
+    engine = HFEngine(support.tiny(family), support.tokenizer())
+    sampling = SamplingParams(max_tokens=6)
+    drawn = engine.generate([[2, 3, 4], [5, 6, 7]], n=3, sampling=sampling, seeds=[1, 2])
+    for prompt, samples in zip([[2, 3, 4], [5, 6, 7]], drawn, strict=True):
+        for sample in samples:
+            logps = engine.model(torch.tensor([[*prompt, *sample.token_ids]])).logits[0, len(prompt) - 1 : -1]
+            truth = logps.log_softmax(-1).gather(1, torch.tensor(sample.token_ids)[:, None]).squeeze(1)
+            assert torch.allclose(torch.tensor(sample.logprobs), truth, atol=1e-3)
+
+
 def test_logprobs_are_those_of_the_sampling_distribution(engine):
     drawn = engine.generate(PROMPTS, n=4, sampling=SamplingParams(temperature=0.7, max_tokens=6), seeds=[1, 2, 3])
     for prompt, samples in zip(PROMPTS, drawn, strict=True):

@@ -31,7 +31,7 @@ def test_each_problem_is_drawn_once_and_kept(tmp_path):
 
     def draw(problems, seeds):
         drawn.extend(zip((p.prompt for p in problems), seeds, strict=True))
-        return [[1.0, math.nan] for _ in problems]
+        return [[1.0, 0.25] for _ in problems]
 
     with pytest.raises(KeyError, match="no reference rewards of test row 1"):
         cache.rewards(problems[0])
@@ -40,8 +40,16 @@ def test_each_problem_is_drawn_once_and_kept(tmp_path):
     cache.close()
     again = open_cache(tmp_path / "c.sqlite")
     again.fill(problems, no_draw)
-    first, second = again.rewards(problems[1])
-    assert first == 1.0 and math.isnan(second)
+    assert again.rewards(problems[1]) == [1.0, 0.25]
+
+
+def test_a_failed_reward_serves_this_run_and_is_drawn_again_by_the_next(tmp_path):
+    cache = open_cache(tmp_path / "c.sqlite")
+    problem = support.problem("ab")
+    cache.fill([problem], lambda p, s: [[1.0, math.nan]])
+    cache.fill([problem], no_draw)
+    assert cache.rewards(problem)[0] == 1.0 and math.isnan(cache.rewards(problem)[1])
+    assert open_cache(tmp_path / "c.sqlite").missing([problem])
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from aapo_fast import config
 from aapo_fast.rollout.hf import HFEngine
 from aapo_fast.trainer import loop, report, sampling, setup
 from aapo_fast.trainer.display import Display
-from aapo_fast.trainer.records import read_lines
+from aapo_fast.trainer.records import RunFolder, read_lines
 from aapo_fast.types import DataError, UserError
 
 
@@ -93,6 +93,44 @@ def test_same_seed_same_run(tmp_path, tiny_model):
         ])  # fmt: skip
     assert records[0] == records[1]
     assert summary["reference_seconds"] < 0.5
+
+
+def test_a_run_that_failed_at_its_start_can_be_repeated(tmp_path, tiny_model):
+    good = support.tiny_run(tmp_path, tiny_model, train__steps=1)
+    with pytest.raises(UserError):
+        run({**good, "rewards": [{"function": "reward_functions:no_such_function"}]})
+    assert run(good)["steps"] == 1
+
+
+def test_an_edited_reward_function_is_not_taken_from_the_cache(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    references = []
+    for value in (0.25, 0.75):
+        (tmp_path / "edited_reward.py").write_text(f"def f(completions, prompts, **columns): return [{value}]")
+        tree = support.tiny_run(tmp_path, tiny_model, train__steps=1, rewards=[{"function": "edited_reward:f"}])
+        tree["run"]["overwrite"] = True
+        run(tree)
+        references.append(metrics(tmp_path)[0]["reference_reward"])
+    assert references == [0.25, 0.75]
+
+
+def test_overwriting_a_run_removes_its_model_at_once(tmp_path, tiny_model):
+    tree = support.tiny_run(tmp_path, tiny_model, train__steps=1, run__overwrite=True)
+    run(tree)
+    assert (tmp_path / "run" / "model").exists()
+    with pytest.raises(UserError):
+        run({**tree, "model": {"path": "nowhere"}})
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_records_survive_odd_line_separators_and_a_cut_last_line(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    lines = [{"step": 1, "text": "a\u2028b\u0085c"}, {"step": 2, "text": "d", "value": math.nan}]
+    for line in lines:
+        folder.append("metrics.jsonl", line)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "te')
+    assert metrics(tmp_path) == [lines[0], {**lines[1], "value": None}]
 
 
 def test_reference_samples_are_drawn_before_the_policy_moves_and_only_once(tmp_path, tiny_model, monkeypatch):
@@ -205,4 +243,5 @@ sys.exit(commands.train(config.parse({tree!r}), "CONFIG.toml"))
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
         assert (tmp_path / "run" / "curve.png").exists()
     else:
-        assert child.returncode != 0
+        assert child.returncode != 0 and "KeyboardInterrupt" in output
+        assert not (tmp_path / "run" / "summary.json").exists()

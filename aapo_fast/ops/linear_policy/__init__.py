@@ -92,8 +92,7 @@ def linear_policy_loss(
         all_logps: compute log-probabilities of rows without weight too.
 
     Raises:
-        ValueError: shapes, dtypes, devices or values that do not fit; the message names them. On CUDA a target out of
-            range is a device-side assertion instead, so that the host need not wait.
+        ValueError: shapes, dtypes, devices or values that do not fit; the message names them.
         RuntimeError: ``implementation`` is known but cannot run here.
     """
     transform = _check(hidden, weight, targets, bias, temperature, softcap)
@@ -195,12 +194,9 @@ def _check(
 
 def _check_targets(targets: Tensor, vocab_size: int) -> None:
     bad = ((targets < 0) | (targets >= vocab_size)) & (targets != IGNORE_INDEX)
-    if targets.device.type == "cpu":
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise ValueError(
-                f"targets[{row}] is {int(targets[row])}, outside [0, {vocab_size}); "
-                f"mark rows without a target with {IGNORE_INDEX}"
-            )
-    else:
-        torch._assert_async(~bad.any(), f"a target lies outside [0, {vocab_size})")
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"targets[{row}] is {int(targets[row])}, outside [0, {vocab_size}); "
+            f"mark rows without a target with {IGNORE_INDEX}"
+        )

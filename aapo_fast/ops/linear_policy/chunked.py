@@ -37,6 +37,7 @@ class _Pass:
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]) -> None:
         self.hidden, self.weight = hidden, weight
         self.dtype = compute_dtype(hidden, weight, bias)
+        self.road = products.choose_road(hidden, weight, self.dtype)
         # -inf rules a token out. A large finite number does the same without the NaN of 0 * inf in the entropy.
         self.bias = None if bias is None else bias.to(self.dtype).clamp(min=-1e30)
         n, v = hidden.shape[0], weight.shape[0]
@@ -55,7 +56,7 @@ class _Pass:
 
     def statistics(self, chunk: slice, targets: Tensor, transform: LogitTransform) -> rows_torch.RowStatistics:
         count = chunk.stop - chunk.start
-        out = products.head_products(self.hidden[chunk], self.weight, self.buffer[:count])
+        out = products.head_products(self.hidden[chunk], self.weight, self.buffer[:count], self.road)
         if self.bias is not None:
             out.add_(self.bias)
         return rows_torch.statistics(out, targets[chunk], transform, self.scratch[:count])
@@ -63,9 +64,9 @@ class _Pass:
     def add_gradient(self, chunk: slice, d: Tensor) -> None:
         """Spend the gradient rows ``d`` (C, V) of one chunk on the accumulators."""
         if self.d_hidden is not None:
-            products.hidden_gradient(d, self.weight, self.d_hidden[chunk])
+            products.hidden_gradient(d, self.weight, self.d_hidden[chunk], self.road)
         if self.d_weight is not None:
-            products.add_weight_gradient(d, self.hidden[chunk], self.d_weight)
+            products.add_weight_gradient(d, self.hidden[chunk], self.d_weight, self.road)
         if self.d_bias is not None:
             self.d_bias += d.sum(0)
 
