@@ -105,6 +105,7 @@ def main() -> None:
                 output_dir=f"{folder}/trl",
                 per_device_train_batch_size=PROMPTS * GROUP,
                 num_generations=GROUP,
+                shuffle_dataset=False,
                 max_completion_length=MAX_TOKENS,
                 max_steps=steps,
                 learning_rate=LEARNING_RATE,
