@@ -86,8 +86,11 @@ def linear_policy_loss(
         bias: (V,) or None.
         temperature: the logits are divided by it; use the sampling temperature.
         softcap: c of the final soft-capping ``c tanh(x / c)``, or None.
-        backward: "exact". ("sparse" is not part of this version.)
-        sparsity_threshold, seed: of the sparse backward; unused by "exact".
+        backward: "exact", or "sparse": gradient rows keep the entries with p >= ``sparsity_threshold`` and an unbiased
+            sample of the rest (at most 1 / threshold + 1 entries a row), so that the two products of the backward are
+            sparse ones. The implementation "reference" is always exact.
+        sparsity_threshold: eps of the sparse rows, in (0, 1].
+        seed: of the sample. Use another one at each step; the same one, on the same rows, gives the same gradient.
         implementation: "auto", "torch" (chunked, any device) or "reference" (materialises; for tests).
         all_logps: compute log-probabilities of rows without weight too.
 
@@ -96,8 +99,7 @@ def linear_policy_loss(
         RuntimeError: ``implementation`` is known but cannot run here.
     """
     transform = _check(hidden, weight, targets, bias, temperature, softcap)
-    if backward != "exact":
-        raise ValueError(f"backward={backward!r} is not part of this version; use backward='exact'")
+    how = _check_backward(backward, sparsity_threshold, seed)
     chosen = dispatch.resolve(implementation, hidden.device)
 
     num_rows = targets.numel()
@@ -106,8 +108,11 @@ def linear_policy_loss(
         rows = torch.arange(targets.numel(), device=targets.device)
     else:
         hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
-    run = reference.policy_loss if chosen == "reference" else chunked.policy_loss
-    loss, logps, entropy = run(hidden, weight, bias, targets, rows, objective, transform)
+    operands = (hidden, weight, bias, targets, rows, objective, transform)
+    if chosen == "reference":
+        loss, logps, entropy = reference.policy_loss(*operands)
+    else:
+        loss, logps, entropy = chunked.policy_loss(*operands, how)
     return PolicyLoss(loss, _scatter(logps, rows, num_rows), _scatter(entropy, rows, num_rows))
 
 
@@ -119,6 +124,9 @@ def linear_logprobs(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    backward: str = "exact",
+    sparsity_threshold: float = 2**-13,
+    seed: int = 0,
     implementation: str = "auto",
 ) -> LogProbs:
     """Log-probabilities of ``targets`` and entropies, both differentiable, without materialising the logits.
@@ -130,13 +138,18 @@ def linear_logprobs(
     """
     transform = _check(hidden, weight, targets, bias, temperature, softcap)
     chosen = dispatch.resolve(implementation, hidden.device)
+    how = _check_backward(backward, sparsity_threshold, seed)
     num_rows = targets.numel()
     rows = _rows_to_visit(targets, None)
-    if rows is not None:
+    if rows is None:
+        rows = torch.arange(num_rows, device=targets.device)
+    else:
         hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
-    run = reference.logprobs if chosen == "reference" else chunked.logprobs
-    logps, entropy = run(hidden, weight, bias, targets, transform)
-    if rows is not None:
+    if chosen == "reference":
+        logps, entropy = reference.logprobs(hidden, weight, bias, targets, transform)
+    else:
+        logps, entropy = chunked.logprobs(hidden, weight, bias, targets, rows, transform, how)
+    if rows.numel() != num_rows:
         logps = logps.new_zeros(num_rows).index_copy(0, rows, logps)
         entropy = entropy.new_zeros(num_rows).index_copy(0, rows, entropy)
     return LogProbs(logps, entropy)
@@ -190,6 +203,16 @@ def _check(
         raise ValueError(f"softcap={softcap!r}; it must be positive and finite, or None")
     _check_targets(targets, weight.shape[0])
     return LogitTransform(float(temperature), None if softcap is None else float(softcap))
+
+
+def _check_backward(backward: str, sparsity_threshold: float, seed: int) -> chunked.Backward:
+    if backward not in ("exact", "sparse"):
+        raise ValueError(f"backward={backward!r} is unknown; use 'exact' or 'sparse'")
+    if not 0 < sparsity_threshold <= 1:
+        raise ValueError(f"sparsity_threshold={sparsity_threshold!r} must lie in (0, 1]")
+    if not isinstance(seed, int):
+        raise ValueError(f"seed={seed!r} must be an int")
+    return chunked.Backward(sparsity_threshold if backward == "sparse" else None, seed)
 
 
 def _check_targets(targets: Tensor, vocab_size: int) -> None:

@@ -16,25 +16,22 @@ class LogitTransform:
     softcap: float | None = None
 
     def apply_(self, x: Tensor) -> Tensor:
-        """In place, raw products (C, V) to logits."""
+        """In place, raw products to logits."""
         if self.softcap is not None:
             x.div_(self.softcap).tanh_().mul_(self.softcap / self.temperature)
         elif self.temperature != 1.0:
             x.div_(self.temperature)
         return x
 
-    def chain_(self, gradient: Tensor, z: Tensor | None) -> Tensor:
-        """In place, d loss / d z to d loss / d x. ``z`` holds the logits; it is needed, and overwritten, with soft-cap.
+    def slope(self, shifted: Tensor, row_max: Tensor) -> Tensor | None:
+        """What of d z / d x differs from entry to entry: ``1 - tanh(x / softcap)^2``; None without soft-cap.
 
-        d z / d x = (1 - tanh(x / softcap)^2) / temperature, and tanh(x / softcap) = z * temperature / softcap.
+        The logits are ``z = shifted + row_max``, and ``tanh(x / softcap) = z * temperature / softcap``.
         """
-        if self.softcap is not None:
-            assert z is not None
-            tanh = z.mul_(self.temperature / self.softcap)
-            gradient.mul_(tanh.square_().neg_().add_(1.0))
-        if self.temperature != 1.0:
-            gradient.div_(self.temperature)
-        return gradient
+        if self.softcap is None:
+            return None
+        tanh = (shifted + row_max).mul_(self.temperature / self.softcap)
+        return tanh.square_().neg_().add_(1.0)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

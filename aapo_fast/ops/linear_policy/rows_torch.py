@@ -1,7 +1,8 @@
-"""The row kernels in plain PyTorch: two sweeps over a chunk of logits.
+"""The row kernels in plain PyTorch: two sweeps over a block of logits.
 
-This is the interface that other row kernels take over: ``statistics`` reads a chunk, ``gradient`` turns the same chunk
-into gradient rows. Between the two the caller evaluates the objective, on vectors.
+This is the interface that other row kernels take over: ``statistics`` reads a block, ``dense_gradient`` turns the same
+block into gradient rows (``sparse.emit`` into sparse ones). Between the two the caller evaluates the objective, on
+vectors. A block is small enough for its sweeps to stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from aapo_fast.ops.linear_policy.logits import LogitTransform
 
 
 class RowStatistics(NamedTuple):
-    """Per row of a chunk, (C,): ``logps`` of the targets and ``entropy``; and what ``gradient`` needs again.
+    """Per row of a block, (C,): ``logps`` of the targets and ``entropy``; and what the second sweep needs again.
 
     Attributes:
         shifted: (C, V) logits less their row maximum, in the buffer of the raw products.
@@ -29,6 +30,18 @@ class RowStatistics(NamedTuple):
     exps: Tensor
     row_max: Tensor
     total: Tensor
+
+
+class Coefficients(NamedTuple):
+    """What the objective wants of each row, (C,).
+
+    Attributes:
+        logps: d loss / d logp.
+        entropy: d loss / d entropy, or None where the objective does not use the entropy.
+    """
+
+    logps: Tensor
+    entropy: Tensor | None
 
 
 def statistics(products: Tensor, targets: Tensor, transform: LogitTransform, scratch: Tensor) -> RowStatistics:
@@ -52,28 +65,23 @@ def statistics(products: Tensor, targets: Tensor, transform: LogitTransform, scr
     return RowStatistics(logps, entropy, shifted, exps, row_max, total)
 
 
-def gradient(
-    rows: RowStatistics, targets: Tensor, d_logps: Tensor, d_entropy: Tensor | None, transform: LogitTransform
-) -> Tensor:
-    """Sweep 2: (C, V) gradient of the loss with respect to the raw products, in the buffers of sweep 1.
+def dense_gradient(rows: RowStatistics, targets: Tensor, wanted: Coefficients, transform: LogitTransform) -> Tensor:
+    """Sweep 2: (C, V) gradient of the loss with respect to the raw products, in their buffer.
 
         d loss / d z_v = d_logp (onehot_v - p_v) - d_entropy p_v (log p_v + H)
 
     Args:
         rows: the result of sweep 1; overwritten.
         targets: (C,) int64.
-        d_logps: (C,) d loss / d logp.
-        d_entropy: (C,) d loss / d entropy, or None where the objective does not use the entropy.
     """
-    z = None
-    if transform.softcap is not None:
-        z = rows.shifted + rows.row_max
-    probs = rows.exps.div_(rows.total)
-    if d_entropy is None:
-        out = probs.mul_(-d_logps[:, None])
+    slope = transform.slope(rows.shifted, rows.row_max)
+    d_logps = wanted.logps[:, None] / transform.temperature
+    if wanted.entropy is None:
+        out = torch.mul(rows.exps, -d_logps / rows.total, out=rows.shifted)
     else:
+        d_entropy = wanted.entropy[:, None] / transform.temperature
         # log p_v + H = shifted_v + offset
         offset = rows.entropy[:, None] - rows.total.log()
-        out = probs.mul_(rows.shifted.add_(offset).mul_(-d_entropy[:, None]).sub_(d_logps[:, None]))
-    out.scatter_add_(1, targets[:, None], d_logps[:, None])
-    return transform.chain_(out, z)
+        out = rows.shifted.add_(offset).mul_(-d_entropy).sub_(d_logps).mul_(rows.exps).div_(rows.total)
+    out.scatter_add_(1, targets[:, None], d_logps)
+    return out if slope is None else out.mul_(slope)
