@@ -50,7 +50,7 @@ def test_every_option_is_documented():
     [
         ({"train.step": "3"}, "unknown key train.step; did you mean train.steps?"),
         ({"trainer.steps": "3"}, "unknown key trainer; did you mean train?"),
-        ({"zzz.a": "3"}, "unknown key zzz; known here: run, model, data"),
+        ({"zzz.a": "3"}, "unknown key zzz; known here: run, model, loss, data"),
         ({"train.steps": "many"}, "train.steps='many' must be int, not str"),
         ({"train.steps": "2.5"}, "train.steps=2.5 must be int, not float"),
         ({"train.steps": "true"}, "train.steps=True must be int, not bool"),
@@ -64,6 +64,8 @@ def test_every_option_is_documented():
         ({"rollout.stop": '[""]'}, "rollout.stop has an empty string"),
         ({"rollout.temperature": "0"}, "rollout.temperature=0.0 must be above 0"),
         ({"rollout.top_p": "1.5"}, "rollout.top_p=1.5 must lie in (0, 1]"),
+        ({"loss.sparsity_threshold": "0"}, "loss.sparsity_threshold=0.0 must lie in (0, 1]"),
+        ({"loss.backward": "fast"}, "loss.backward='fast' must be one of exact, sparse"),
         ({"train.beta1": "2"}, "train.beta1=2.0 must lie in [0, 1)"),
         ({"scoring.max_failure_share": "3"}, "scoring.max_failure_share=3.0 must lie in [0, 1]"),
         ({"scoring.time_limit_seconds": "0"}, "scoring.time_limit_seconds=0.0 must be above 0"),

@@ -18,6 +18,7 @@ from aapo_fast.config.layers import (
     Config,
     DataConfig,
     EvalConfig,
+    LossConfig,
     ModelConfig,
     ReferenceConfig,
     RewardConfig,
@@ -30,6 +31,7 @@ from aapo_fast.config.layers import (
 __all__ = [
     "ConfigError",
     "RunConfig",
+    "LossConfig",
     "ModelConfig",
     "DataConfig",
     "RewardConfig",

@@ -52,6 +52,8 @@ def _check_combinations(c: Config) -> None:
         raise ConfigError(
             f"rollout.temperature={c.rollout.temperature} must be above 0: a policy learns only from what it samples"
         )
+    if not 0 < c.loss.sparsity_threshold <= 1:
+        raise ConfigError(f"loss.sparsity_threshold={c.loss.sparsity_threshold} must lie in (0, 1]")
     if not 0 < c.rollout.top_p <= 1:
         raise ConfigError(f"rollout.top_p={c.rollout.top_p} must lie in (0, 1]")
     if c.scoring.time_limit_seconds <= 0:

