@@ -24,10 +24,12 @@ from aapo_fast.ops.linear_policy.logits import LogitTransform, compute_dtype
 from aapo_fast.ops.linear_policy.rows_torch import Coefficients, RowStatistics
 from aapo_fast.ops.linear_policy.uniforms import row_uniforms
 
-CHUNK_BYTES = 128 * 2**20
-"""Size of the (C, V) buffer of a chunk."""
+CHUNK_ROWS = 512
+CHUNK_BYTES = 384 * 2**20
+"""A chunk has at most so many rows and its (C, V) buffer so many bytes. With fewer rows the products are slower (dW is
+read and written once a chunk), with more they are no faster: docs/LOG.md. Measured on a CPU only."""
 
-BLOCK_BYTES = 4 * 2**20
+BLOCK_BYTES = 8 * 2**20
 """Size of a block on the CPU: two of them should fit the cache. On a GPU a block is the whole chunk."""
 
 FLUSH_ENTRIES = 4 * 2**20
@@ -67,7 +69,7 @@ class _Pass:
         self.bias = None if bias is None else bias.to(self.dtype).clamp(min=-1e30)
         n, v = hidden.shape[0], weight.shape[0]
         row_bytes = v * self.dtype.itemsize
-        self.chunk_rows = even_parts(n, CHUNK_BYTES // row_bytes)
+        self.chunk_rows = even_parts(n, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
         self.block_rows = self.chunk_rows if hidden.is_cuda else even_parts(self.chunk_rows, BLOCK_BYTES // row_bytes)
         self.buffer = torch.empty(self.chunk_rows, v, dtype=self.dtype, device=hidden.device)
         # Zeros beyond V stay zeros: the padding of the sparse sample's last tile.
