@@ -22,7 +22,7 @@ from aapo_fast.ops.linear_policy.logits import LogitTransform
 from aapo_fast.ops.linear_policy.rows_torch import Coefficients, RowStatistics
 
 TILE = 64
-DENSE_SHARE = 0.03
+DENSE_SHARE = 0.01
 """From this share of the vocabulary on, sparse products cost more than dense ones. Measured on a CPU (docs/LOG.md)."""
 
 
