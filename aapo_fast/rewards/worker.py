@@ -15,6 +15,7 @@ from aapo_fast.rewards import functions
 
 
 def main(descriptor: int) -> None:
+    """Serve the scorer at the other end of the pipe with this file descriptor."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     os.dup2(2, 1)  # what a reward function prints must not end up in the middle of the progress display's lines
     pipe = Connection(descriptor)
