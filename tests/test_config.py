@@ -66,6 +66,7 @@ def test_every_option_is_documented():
         ({"rollout.top_p": "1.5"}, "rollout.top_p=1.5 must lie in (0, 1]"),
         ({"loss.sparsity_threshold": "0"}, "loss.sparsity_threshold=0.0 must lie in (0, 1]"),
         ({"loss.backward": "fast"}, "loss.backward='fast' must be one of exact, sparse"),
+        ({"loss.backward": "sparse", "loss.implementation": "reference"}, "is not for loss.implementation='reference'"),
         ({"train.beta1": "2"}, "train.beta1=2.0 must lie in [0, 1)"),
         ({"scoring.max_failure_share": "3"}, "scoring.max_failure_share=3.0 must lie in [0, 1]"),
         ({"scoring.time_limit_seconds": "0"}, "scoring.time_limit_seconds=0.0 must be above 0"),

@@ -54,6 +54,8 @@ def _check_combinations(c: Config) -> None:
         )
     if not 0 < c.loss.sparsity_threshold <= 1:
         raise ConfigError(f"loss.sparsity_threshold={c.loss.sparsity_threshold} must lie in (0, 1]")
+    if c.loss.implementation == "reference" and c.loss.backward == "sparse":
+        raise ConfigError("loss.backward='sparse' is not for loss.implementation='reference'; use 'auto' or 'torch'")
     if not 0 < c.rollout.top_p <= 1:
         raise ConfigError(f"rollout.top_p={c.rollout.top_p} must lie in (0, 1]")
     if c.scoring.time_limit_seconds <= 0:

@@ -54,6 +54,11 @@ def prepare(config: Config, display: Display) -> Iterator[Run]:
         scorer = stack.enter_context(Scorer(config.rewards, config.scoring))  # starts while the model loads
         display.note(f"loading {config.model.path}")
         policy = Policy.from_config(config.model, config.rollout.temperature, config.loss)
+        if not policy.packed:
+            display.note(
+                f"{type(policy.model).__name__}: batches are padded, one row a completion; "
+                "its layers do not allow packing with shared prompts"
+            )
         problems = load_problems(config.data, policy.tokenizer, config.run.seed)
         with display.progress("checking answers") as progress:
             scorer.check([*problems.held_out, *problems.train], progress)

@@ -181,6 +181,7 @@ def test_low_precision_operands(dtype):
         ({"sparsity_threshold": 0.0}, "sparsity_threshold=0.0 must lie in"),
         ({"sparsity_threshold": 1.5}, "sparsity_threshold=1.5 must lie in"),
         ({"seed": 0.5}, "seed=0.5 must be an int"),
+        ({"backward": "sparse", "implementation": "reference"}, "is not for implementation='reference'"),
         ({"backward": "dense"}, "backward='dense' is unknown; use 'exact' or 'sparse'"),
     ],
 )

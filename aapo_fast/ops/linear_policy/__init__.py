@@ -88,7 +88,7 @@ def linear_policy_loss(
         softcap: c of the final soft-capping ``c tanh(x / c)``, or None.
         backward: "exact", or "sparse": gradient rows keep the entries with p >= ``sparsity_threshold`` and an unbiased
             sample of the rest (at most 1 / threshold + 1 entries a row), so that the two products of the backward are
-            sparse ones. The implementation "reference" is always exact.
+            sparse ones. Not for the implementation "reference".
         sparsity_threshold: eps of the sparse rows, in (0, 1].
         seed: of the sample. Use another one at each step; the same one, on the same rows, gives the same gradient.
         implementation: "auto", "torch" (chunked, any device) or "reference" (materialises; for tests).
@@ -99,8 +99,8 @@ def linear_policy_loss(
         RuntimeError: ``implementation`` is known but cannot run here.
     """
     transform = _check(hidden, weight, targets, bias, temperature, softcap)
-    how = _check_backward(backward, sparsity_threshold, seed)
     chosen = dispatch.resolve(implementation, hidden.device)
+    how = _check_backward(backward, sparsity_threshold, seed, chosen)
 
     num_rows = targets.numel()
     rows = _rows_to_visit(targets, None if all_logps else objective)
@@ -138,7 +138,7 @@ def linear_logprobs(
     """
     transform = _check(hidden, weight, targets, bias, temperature, softcap)
     chosen = dispatch.resolve(implementation, hidden.device)
-    how = _check_backward(backward, sparsity_threshold, seed)
+    how = _check_backward(backward, sparsity_threshold, seed, chosen)
     num_rows = targets.numel()
     rows = _rows_to_visit(targets, None)
     if rows is None:
@@ -205,9 +205,13 @@ def _check(
     return LogitTransform(float(temperature), None if softcap is None else float(softcap))
 
 
-def _check_backward(backward: str, sparsity_threshold: float, seed: int) -> chunked.Backward:
+def _check_backward(backward: str, sparsity_threshold: float, seed: int, implementation: str) -> chunked.Backward:
     if backward not in ("exact", "sparse"):
         raise ValueError(f"backward={backward!r} is unknown; use 'exact' or 'sparse'")
+    if backward == "sparse" and implementation == "reference":
+        raise ValueError(
+            "backward='sparse' is not for implementation='reference', which is the exact truth; use 'torch'"
+        )
     if not 0 < sparsity_threshold <= 1:
         raise ValueError(f"sparsity_threshold={sparsity_threshold!r} must lie in (0, 1]")
     if not isinstance(seed, int):
