@@ -18,11 +18,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from aapo_fast.advantages import aapo_advantages as aapo_advantages
     from aapo_fast.objectives import AAPO as AAPO
+    from aapo_fast.objectives import CISPO as CISPO
     from aapo_fast.objectives import GRPO as GRPO
+    from aapo_fast.objectives import REINFORCE as REINFORCE
     from aapo_fast.objectives import SFT as SFT
+    from aapo_fast.objectives import Regularized as Regularized
     from aapo_fast.objectives import Tokens as Tokens
     from aapo_fast.ops.linear_policy import LogProbs as LogProbs
     from aapo_fast.ops.linear_policy import PolicyLoss as PolicyLoss
+    from aapo_fast.ops.linear_policy import VocabularyShard as VocabularyShard
     from aapo_fast.ops.linear_policy import linear_logprobs as linear_logprobs
     from aapo_fast.ops.linear_policy import linear_policy_loss as linear_policy_loss
 
@@ -31,11 +35,15 @@ __version__ = "0.1.0"
 _HOME = {
     "aapo_advantages": "aapo_fast.advantages",
     "AAPO": "aapo_fast.objectives",
+    "CISPO": "aapo_fast.objectives",
     "GRPO": "aapo_fast.objectives",
+    "REINFORCE": "aapo_fast.objectives",
+    "Regularized": "aapo_fast.objectives",
     "SFT": "aapo_fast.objectives",
     "Tokens": "aapo_fast.objectives",
     "LogProbs": "aapo_fast.ops.linear_policy",
     "PolicyLoss": "aapo_fast.ops.linear_policy",
+    "VocabularyShard": "aapo_fast.ops.linear_policy",
     "linear_logprobs": "aapo_fast.ops.linear_policy",
     "linear_policy_loss": "aapo_fast.ops.linear_policy",
 }

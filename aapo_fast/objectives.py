@@ -7,8 +7,15 @@ so a new objective is one small function and no kernel knows its name:
     def reinforce(tokens):
         return -advantage[tokens.rows] * tokens.logps / num_tokens
 
-An objective may also have a method ``active() -> (N,) bool``: rows for which it is False have no loss and no gradient
-whatever their log-probability is, and are dropped before the first matrix product.
+Two methods are optional, and both only save work:
+
+    active() -> (N,) bool or None     rows for which it is False have no loss and no gradient whatever their
+                                      log-probability is; they are dropped before the first matrix product
+    linear() -> LinearWeights or None the loss is ``weights[index[row]] * logp``: known before the row is, so a kernel
+                                      can sweep it twice in one launch
+
+Under ``torch.compile`` an objective that is a dataclass of tensors, numbers and other such objectives (all of those
+here) stays in one visit; any other callable is right but costs a fourth matrix product.
 
 Letters: N rows (tokens), C rows of one chunk, B sequences.
 """
@@ -24,35 +31,40 @@ from torch import Tensor
 
 
 class Tokens(NamedTuple):
-    """What an objective sees of a chunk of C tokens.
+    """What an objective sees of a chunk of C tokens. All but ``rows`` are differentiable.
 
     Attributes:
         logps: (C,) fp32 log-probabilities of the sampled tokens.
-        entropy: (C,) fp32 entropies of the rows, in nats. Differentiable like ``logps``.
+        entropy: (C,) fp32 entropies of the rows, in nats.
         rows: (C,) int64 indices of these rows among the N rows of the call.
+        logsumexp: (C,) fp32 log-sum-exp of the logits (after soft-cap and temperature).
     """
 
     logps: Tensor
     entropy: Tensor
     rows: Tensor
+    logsumexp: Tensor
 
 
 Objective = Callable[[Tokens], Tensor]
 """``Tokens`` -> (C,) losses. Tensors it closes over get no gradient."""
 
 
-@dataclass(frozen=True, eq=False)
-class AAPO:
-    """Advantage-weighted cross entropy: ``-A[s(t)] * logp_t / num_tokens`` (AAPO, arXiv 2505.14264, eq. 7).
+class LinearWeights(NamedTuple):
+    """A loss linear in the log-probability: that of row n is ``weights[sequence_index[n]] * logp_n``.
 
-    No importance ratio, no clipping, no KL term.
-
-    Args:
-        advantages: (B,) augmented advantages, one a sequence (``aapo_advantages``).
-        sequence_index: (N,) int64, the sequence of each row.
-        num_tokens: completion tokens of the whole optimizer step, over all microbatches and ranks. Only so is the
-            gradient independent of how the step is cut up.
+    Attributes:
+        weights: (B,).
+        sequence_index: (N,) int64 or int32.
     """
+
+    weights: Tensor
+    sequence_index: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _OfSequences:
+    """One advantage a sequence, and a loss divided by the tokens of the whole optimizer step."""
 
     advantages: Tensor
     sequence_index: Tensor
@@ -65,12 +77,67 @@ class AAPO:
         """(N,) bool: rows whose sequence has an advantage other than zero."""
         return (self.advantages != 0)[self.sequence_index]
 
-    def __call__(self, tokens: Tokens) -> Tensor:
-        return -(self.advantages[self.sequence_index[tokens.rows]] / self.num_tokens) * tokens.logps
+    def _advantage(self, tokens: Tokens) -> Tensor:
+        return self.advantages[self.sequence_index[tokens.rows]]
+
+    def _ratio(self, tokens: Tokens, other_logps: Tensor | None) -> Tensor:
+        """(C,) pi / other policy, differentiable; without another policy one, of which only the gradient counts."""
+        other = tokens.logps.detach()
+        if other_logps is not None:
+            # Where there is no advantage an earlier call may have left NaN; it must not reach the sum as 0 * NaN.
+            other = torch.where(self._advantage(tokens) == 0, other, other_logps[tokens.rows])
+        return torch.exp(tokens.logps - other)
 
 
 @dataclass(frozen=True, eq=False)
-class GRPO:
+class REINFORCE(_OfSequences):
+    """``-w_t A[s(t)] * logp_t / num_tokens``: no clipping, no KL term (Williams, 1992).
+
+    With ``rollout_logps`` the weight ``w_t = min(pi_t / rollout_t, max_ratio)``, a constant for the gradient, corrects
+    for an engine that samples from slightly other probabilities than the trainer computes (truncated importance
+    sampling, Ionides, 2008; for rollout engines Yao et al., 2025). Without, w_t = 1.
+
+    Args:
+        advantages: (B,) one a sequence.
+        sequence_index: (N,) int64, the sequence of each row.
+        num_tokens: completion tokens of the whole optimizer step, over all microbatches and ranks. Only so is the
+            gradient independent of how the step is cut up.
+        rollout_logps: (N,) log-probabilities that the rollout engine gives for the tokens it sampled, or None.
+        max_ratio: bound of the importance weights.
+    """
+
+    rollout_logps: Tensor | None = None
+    max_ratio: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_rows(type(self).__name__, "rollout_logps", self.rollout_logps, self.sequence_index)
+        if not self.max_ratio > 0:
+            raise ValueError(f"{type(self).__name__}: max_ratio={self.max_ratio}; it must be positive")
+
+    def linear(self) -> LinearWeights | None:
+        if self.rollout_logps is not None:
+            return None
+        return LinearWeights(-self.advantages / self.num_tokens, self.sequence_index)
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        weight = self._advantage(tokens) / self.num_tokens
+        if self.rollout_logps is not None:
+            weight = weight * self._ratio(tokens, self.rollout_logps).detach().clamp(max=self.max_ratio)
+        return -weight * tokens.logps
+
+
+@dataclass(frozen=True, eq=False)
+class AAPO(REINFORCE):
+    """Advantage-weighted cross entropy: ``-A[s(t)] * logp_t / num_tokens`` (AAPO, arXiv 2505.14264, eq. 7).
+
+    No importance ratio, no clipping, no KL term: REINFORCE, with the augmented advantages of ``aapo_advantages``.
+    Arguments as in ``REINFORCE``; the importance weights are its too, and off unless ``rollout_logps`` is given.
+    """
+
+
+@dataclass(frozen=True, eq=False)
+class GRPO(_OfSequences):
     """The clipped surrogate on each token's own ratio (GRPO, arXiv 2402.03300; token mean as in DAPO, 2503.14476).
 
     ``-min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A) / num_tokens`` with ``r_t = exp(logp_t - old_logp_t)``.
@@ -84,39 +151,45 @@ class GRPO:
         clip_low, clip_high: distances of the clip bounds from one; DAPO's "clip higher" is 0.2 and 0.28.
     """
 
-    advantages: Tensor
-    sequence_index: Tensor
-    num_tokens: float
     old_logps: Tensor | None = None
     clip_low: float = 0.2
     clip_high: float = 0.2
 
     def __post_init__(self) -> None:
-        _check_sequences(type(self).__name__, self.advantages, self.sequence_index, self.num_tokens)
-        if self.old_logps is not None and self.old_logps.shape != self.sequence_index.shape:
-            raise ValueError(
-                f"GRPO: old_logps has shape {tuple(self.old_logps.shape)}, sequence_index has "
-                f"{tuple(self.sequence_index.shape)}; give one old log-probability a row"
-            )
-        if not (0 <= self.clip_low < 1 and self.clip_high >= 0):
-            raise ValueError(
-                f"GRPO: clip_low={self.clip_low}, clip_high={self.clip_high}; "
-                "clip_low must lie in [0, 1) and clip_high must not be negative"
-            )
-
-    def active(self) -> Tensor:
-        """(N,) bool: rows whose sequence has an advantage other than zero."""
-        return (self.advantages != 0)[self.sequence_index]
+        super().__post_init__()
+        _check_rows("GRPO", "old_logps", self.old_logps, self.sequence_index)
+        _check_clip("GRPO", self.clip_low, self.clip_high)
 
     def __call__(self, tokens: Tokens) -> Tensor:
-        advantage = self.advantages[self.sequence_index[tokens.rows]]
-        old = tokens.logps.detach()
-        if self.old_logps is not None:
-            # Where there is no advantage an earlier call may have left NaN; it must not reach the sum as 0 * NaN.
-            old = torch.where(advantage == 0, old, self.old_logps[tokens.rows])
-        ratio = torch.exp(tokens.logps - old)
+        advantage, ratio = self._advantage(tokens), self._ratio(tokens, self.old_logps)
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         return -torch.minimum(ratio * advantage, clipped * advantage) / self.num_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class CISPO(_OfSequences):
+    """Clipped importance weights, every token's gradient kept (CISPO, MiniMax-M1, arXiv 2506.13585, eq. 4 and 5).
+
+    ``-clip(r_t, 1 - clip_low, 1 + clip_high) A * logp_t / num_tokens``, the clipped ratio a constant for the gradient.
+
+    Args:
+        advantages, sequence_index, num_tokens, old_logps: as in ``GRPO``.
+        clip_low, clip_high: distances of the bounds of the weight from one. The defaults bound it from above only, at
+            5, as is usual.
+    """
+
+    old_logps: Tensor | None = None
+    clip_low: float = 1.0
+    clip_high: float = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_rows("CISPO", "old_logps", self.old_logps, self.sequence_index)
+        _check_clip("CISPO", self.clip_low, self.clip_high)
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        weight = self._ratio(tokens, self.old_logps).detach().clamp(1 - self.clip_low, 1 + self.clip_high)
+        return -(weight * self._advantage(tokens) / self.num_tokens) * tokens.logps
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,9 +218,61 @@ class SFT:
         return -(weight / self.num_tokens) * tokens.logps
 
 
+@dataclass(frozen=True, eq=False)
+class Regularized:
+    """An objective with an entropy bonus and a z-loss: ``l_t + (z_loss * lse_t^2 - entropy_bonus * H_t) / num_tokens``.
+
+    H_t is the entropy of the row and lse_t the log-sum-exp of its logits (z-loss: ST-MoE, arXiv 2202.08906; PaLM,
+    2204.02311). Both count in every row that has a target, so no row is dropped for want of an advantage: mark padding
+    with ``IGNORE_INDEX``.
+
+    Args:
+        objective: what to add to.
+        num_tokens: completion tokens of the whole optimizer step.
+        entropy_bonus: weight of the mean entropy, in nats; positive rewards it.
+        z_loss: weight of the mean squared log-sum-exp; 1e-4 is usual.
+    """
+
+    objective: Objective
+    num_tokens: float
+    entropy_bonus: float = 0.0
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_num_tokens("Regularized", self.num_tokens)
+        if not callable(self.objective):
+            raise ValueError(f"Regularized: objective is a {type(self.objective).__name__}; give an objective")
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        losses = self.objective(tokens)
+        if self.entropy_bonus:
+            losses = losses - (self.entropy_bonus / self.num_tokens) * tokens.entropy
+        if self.z_loss:
+            losses = losses + (self.z_loss / self.num_tokens) * tokens.logsumexp.square()
+        return losses
+
+
 def _check_num_tokens(name: str, num_tokens: float) -> None:
-    if isinstance(num_tokens, (int, float)) and not 0 < num_tokens < float("inf"):
+    # A traced graph should not be bound to the number that it saw first.
+    if torch.compiler.is_compiling() or not isinstance(num_tokens, (int, float)):
+        return
+    if not 0 < num_tokens < float("inf"):
         raise ValueError(f"{name}: num_tokens={num_tokens}; it divides the loss and must be positive and finite")
+
+
+def _check_clip(name: str, low: float, high: float) -> None:
+    if not (0 <= low <= 1 and high >= 0):
+        raise ValueError(
+            f"{name}: clip_low={low}, clip_high={high}; clip_low must lie in [0, 1] and clip_high must not be negative"
+        )
+
+
+def _check_rows(name: str, field: str, values: Tensor | None, sequence_index: Tensor) -> None:
+    if values is not None and values.shape != sequence_index.shape:
+        raise ValueError(
+            f"{name}: {field} has shape {tuple(values.shape)}, sequence_index has {tuple(sequence_index.shape)}; "
+            "give one log-probability a row"
+        )
 
 
 def _check_sequences(name: str, advantages: Tensor, sequence_index: Tensor, num_tokens: float) -> None:
@@ -161,11 +286,13 @@ def _check_sequences(name: str, advantages: Tensor, sequence_index: Tensor, num_
             f"{name}: sequence_index has shape {tuple(sequence_index.shape)} and dtype {sequence_index.dtype}; "
             "give an int64 vector with the sequence of each row, (N,)"
         )
-    # On a GPU the look would wait for the device; an index out of range is caught there by the gather's own assertion.
-    if sequence_index.device.type == "cpu" and sequence_index.numel():
-        low, high = sequence_index.aminmax()
-        if low < 0 or high >= advantages.numel():
-            raise ValueError(
-                f"{name}: sequence_index spans {low}..{high} but advantages has {advantages.numel()} sequences"
-            )
     _check_num_tokens(name, num_tokens)
+    # On a GPU the look would wait for the device, and in a traced graph there is nothing to see: an index out of range
+    # is caught there by the gather's own assertion.
+    if sequence_index.device.type != "cpu" or torch.compiler.is_compiling() or not sequence_index.numel():
+        return
+    low, high = sequence_index.aminmax()
+    if low < 0 or high >= advantages.numel():
+        raise ValueError(
+            f"{name}: sequence_index spans {low}..{high} but advantages has {advantages.numel()} sequences"
+        )

@@ -10,8 +10,30 @@ VARIANTS = {
     "softcap": {"softcap": 5.0},
     "softcap and temperature": {"softcap": 5.0, "temperature": 1.3},
     "bias": {"bias": True},
-    "everything": {"bias": True, "softcap": 8.0, "temperature": 0.6},
+    "logit scale": {"logit_scale": 0.3, "softcap": 4.0},
+    "one temperature a row": {"temperature": "rows"},
+    "padded vocabulary": {"vocab_size": -3},
+    "everything": {"bias": True, "softcap": 8.0, "temperature": "rows", "logit_scale": 1.4, "vocab_size": -3},
 }
+
+
+def options(variant, inputs):
+    """Keyword arguments of a variant: per-row temperatures made, a vocabulary size counted from the end."""
+    found = dict(VARIANTS[variant])
+    found.pop("bias", None)
+    n, v = inputs[0].shape[0], inputs[1].shape[0]
+    if found.get("temperature") == "rows":
+        found["temperature"] = 0.5 + torch.rand(n, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    if "vocab_size" in found:
+        found["vocab_size"] += v
+    return found
+
+
+def variant_problem(variant, n, h, v, **more):
+    """Inputs of a variant, whose targets are tokens and not padding; and its options."""
+    inputs = problem(n, h, v, bias=VARIANTS[variant].get("bias", False), **more)
+    found = options(variant, inputs)
+    return (inputs[0], inputs[1], inputs[2] % found.get("vocab_size", v), inputs[3]), found
 
 
 def relative(a, b):
@@ -39,16 +61,21 @@ def objectives(n):
     advantages, index = sequences(n)
     old = torch.randn(n, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 0.3 - 4
 
-    def entropy_bonus(tokens):
-        return -(tokens.logps * 0.3 + 0.1 * tokens.entropy**2) * (1 + tokens.rows)
+    def of_everything(tokens):
+        return -(tokens.logps * 0.3 + 0.1 * tokens.entropy**2 + 0.01 * tokens.logsumexp**2) * (1 + tokens.rows)
 
+    reinforce = af.REINFORCE(advantages, index, 17.0)
     return {
         "aapo": af.AAPO(advantages, index, 17.0),
         "grpo": af.GRPO(advantages, index, 17.0),
         "grpo off-policy": af.GRPO(advantages, index, 17.0, old_logps=old, clip_high=0.28),
         "sft": af.SFT(9.0),
         "weighted sft": af.SFT(9.0, weights=torch.arange(n) % 3 * 1.0),
-        "user's, with entropy": entropy_bonus,
+        "cispo": af.CISPO(advantages, index, 17.0, old_logps=old, clip_low=0.5, clip_high=0.28),
+        "reinforce, truncated ratios": af.REINFORCE(advantages, index, 17.0, rollout_logps=old, max_ratio=1.1),
+        "entropy bonus": af.Regularized(reinforce, 17.0, entropy_bonus=0.3),
+        "z-loss": af.Regularized(reinforce, 17.0, z_loss=0.1),
+        "user's, of all three": of_everything,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -54,6 +55,10 @@ def _check_combinations(c: Config) -> None:
         )
     if not 0 < c.loss.sparsity_threshold <= 1:
         raise ConfigError(f"loss.sparsity_threshold={c.loss.sparsity_threshold} must lie in (0, 1]")
+    if not math.isfinite(c.loss.entropy_bonus):
+        raise ConfigError(f"loss.entropy_bonus={c.loss.entropy_bonus} must be finite; 0 is none")
+    if not 0 <= c.loss.z_loss < math.inf:
+        raise ConfigError(f"loss.z_loss={c.loss.z_loss} must be finite and not negative; 0 is none")
     if c.loss.implementation == "reference" and c.loss.backward == "sparse":
         raise ConfigError("loss.backward='sparse' is not for loss.implementation='reference'; use 'auto' or 'torch'")
     if not 0 < c.rollout.top_p <= 1:

@@ -34,11 +34,20 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """[loss] how the fused loss is computed; what it computes is always AAPO."""
+    """[loss] AAPO's loss: what may be added to it, and how it is computed."""
 
-    implementation: Literal["auto", "torch", "reference"] = option("auto", "auto takes the fastest that runs here")
+    entropy_bonus: float = option(0.0, "weight of the mean entropy of completion tokens, in nats; rewards exploration")
+    z_loss: float = option(0.0, "weight of the mean squared log-sum-exp of the logits; 1e-4 keeps them from drifting")
+    implementation: Literal["auto", "torch", "triton", "reference"] = option(
+        "auto", "auto takes the fastest that runs here"
+    )
     backward: Literal["exact", "sparse"] = option("exact", "sparse: unbiased sparse gradient rows")
     sparsity_threshold: float = option(2**-13, "eps of the sparse rows: larger is faster and noisier")
+
+    @property
+    def regularizes(self) -> bool:
+        """Whether tokens without an advantage have a loss too."""
+        return self.entropy_bonus != 0 or self.z_loss != 0
 
 
 @dataclass(frozen=True)

@@ -35,15 +35,12 @@ class Head:
     softcap: float | None
 
     def arguments(self, temperature: float) -> dict[str, Any]:
-        """Keyword arguments for ``linear_policy_loss`` and ``linear_logprobs``.
-
-        The scale needs no argument of its own: c tanh(s x / c) / T = c' tanh(x / c') / T' with c' = c / s, T' = T / s.
-        """
-        s = self.logit_scale
+        """Keyword arguments for ``linear_policy_loss`` and ``linear_logprobs``."""
         return {
             "bias": self.bias,
-            "temperature": temperature / s,
-            "softcap": None if self.softcap is None else self.softcap / s,
+            "temperature": temperature,
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
         }
 
 

@@ -14,7 +14,7 @@ from aapo_fast.config import LossConfig, ModelConfig
 from aapo_fast.data.packing import Weighted, pack, pad
 from aapo_fast.models.head import find_decoder, find_head
 from aapo_fast.models.load import load_model, steers_attention
-from aapo_fast.objectives import AAPO
+from aapo_fast.objectives import AAPO, Objective, Regularized
 from aapo_fast.ops.linear_policy import PolicyLoss, linear_policy_loss
 from aapo_fast.types import Batch, Sample, UserError
 
@@ -71,11 +71,14 @@ class Policy:
         """AAPO's loss of a microbatch; ``num_tokens`` counts the whole optimizer step. ``seed`` decides the sample of
         sparse gradient rows and must differ from one microbatch to the next.
         """
+        objective: Objective = AAPO(batch.advantages, batch.sequence_index, num_tokens)
+        if self.how.regularizes:
+            objective = Regularized(objective, num_tokens, self.how.entropy_bonus, self.how.z_loss)
         return linear_policy_loss(
             self.hidden_states(batch),
             self.head.weight,
             batch.targets,
-            AAPO(batch.advantages, batch.sequence_index, num_tokens),
+            objective,
             implementation=self.how.implementation,
             backward=self.how.backward,
             sparsity_threshold=self.how.sparsity_threshold,

@@ -21,7 +21,7 @@ class StepResult:
         loss: the objective, over all tokens of the step.
         entropy: mean over trained tokens, in nats; NaN if none was trained.
         grad_norm: before clipping.
-        trained_tokens: completion tokens with a weight other than zero.
+        trained_tokens: completion tokens with a loss: those with an advantage; all, under an entropy bonus or z-loss.
         updated: False if the weights stayed as they were: no token had a weight, or the gradient was not finite.
         finite: False if loss or gradient was NaN or infinite.
     """
@@ -69,10 +69,10 @@ def optimizer_step(
     """Accumulate the gradient of all samples and apply it.
 
     The denominator is the completion tokens of all ``samples``, those without weight included; samples without weight
-    are then left out of the forward pass, since nothing depends on them. ``seed`` is that of sparse gradient rows.
+    are then left out of the forward pass, where nothing depends on them. ``seed`` is that of sparse gradient rows.
     """
     num_tokens = sum(len(w.sample.token_ids) for w in samples)
-    live = [w for w in samples if w.advantage != 0.0]
+    live = [w for w in samples if w.advantage != 0.0 or policy.how.regularizes]
     loss, entropy, trained = 0.0, 0.0, 0
     for index, part in enumerate(microbatches(live, config.max_microbatch_tokens)):
         out = policy.loss(policy.batch(part), num_tokens, seed + index)

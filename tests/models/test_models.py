@@ -58,7 +58,9 @@ def test_loss_and_gradient_are_those_of_the_models_own_logits(family):
     truth = {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None}
     assert ours.keys() == truth.keys()
     for name, grad in truth.items():
-        assert relative(ours[name], grad) < 1e-6, name  # some families compute norms or RoPE in fp32 inside
+        assert relative(ours[name], grad) < 3e-6, (
+            name
+        )  # some families compute norms or RoPE in fp32 inside: 1.1e-6 on AVX2
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2, both soft-caps"])
@@ -160,7 +162,7 @@ def test_head_of_each_family():
     gemma = find_head(support.tiny("gemma2, both soft-caps"))
     assert gemma.softcap == 2.0
     scaled = dataclasses.replace(gemma, logit_scale=4.0).arguments(temperature=0.5)
-    assert scaled == {"bias": None, "temperature": 0.125, "softcap": 0.5}
+    assert scaled == {"bias": None, "temperature": 0.5, "softcap": 2.0, "logit_scale": 4.0}
     phi = find_head(support.tiny("phi, biased head"))
     assert phi.bias is not None
     tied = support.tiny("llama tied")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from op_support import VARIANTS, objectives, problem, relative, run, sequences
+from op_support import VARIANTS, objectives, problem, relative, run, sequences, variant_problem
 
 import aapo_fast as af
 from aapo_fast.ops.linear_policy import chunked
@@ -17,8 +17,7 @@ SHAPES = [(1, 8, 11), (37, 16, 101), (64, 24, 257)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_torch_equals_reference_in_float64(shape, variant, name, monkeypatch):
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 7 * 8 * shape[2])  # seven rows a chunk: several, and a remainder
-    options = dict(VARIANTS[variant])
-    inputs = problem(*shape, bias=options.pop("bias", False))
+    inputs, options = variant_problem(variant, *shape)
     objective = objectives(shape[0])[name]
     truth, true_grads = run("reference", inputs, objective, upstream=1.7, **options)
     ours, grads = run("torch", inputs, objective, upstream=1.7, **options)
@@ -89,7 +88,7 @@ def test_token_ruled_out_by_an_infinite_bias():
     bias = bias.detach()
     bias[20] = -math.inf
     targets = targets.clamp(max=19)
-    objective = objectives(9)["user's, with entropy"]
+    objective = objectives(9)["user's, of all three"]
     truth, true_grads = run("reference", (hidden, weight, targets, bias), objective)
     ours, grads = run("torch", (hidden, weight, targets, bias), objective)
     assert truth.entropy.isfinite().all()
@@ -101,23 +100,24 @@ def test_token_ruled_out_by_an_infinite_bias():
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_logprobs_take_any_upstream_gradient(variant, monkeypatch):
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 7 * 8 * 101)
-    options = dict(VARIANTS[variant])
-    inputs = problem(37, 16, 101, bias=options.pop("bias", False))
+    inputs, options = variant_problem(variant, 37, 16, 101)
     inputs[2][5] = -100
     g = torch.Generator().manual_seed(9)
-    up_logps, up_entropy = torch.randn(2, 37, generator=g, dtype=torch.float64)
+    upstream = torch.randn(3, 37, generator=g, dtype=torch.float64)
     grads = {}
     for implementation in ("reference", "torch"):
         hidden, weight, targets, bias = (t.detach().clone().requires_grad_(t.requires_grad) if t is not None else None
                                          for t in inputs)  # fmt: skip
         extra = {} if bias is None else {"bias": bias}
         res = af.linear_logprobs(hidden, weight, targets, implementation=implementation, **extra, **options)
-        assert res.logps[5] == 0 == res.entropy[5]
-        (res.logps @ up_logps + res.entropy @ up_entropy).backward()
-        grads[implementation] = [res.logps, res.entropy] + [t.grad for t in (hidden, weight, bias) if t is not None]
+        assert res.logps[5] == 0 == res.entropy[5] == res.logsumexp[5]
+        (res.logps @ upstream[0] + res.entropy @ upstream[1] + res.logsumexp @ upstream[2]).backward()
+        grads[implementation] = [res.logps, res.entropy, res.logsumexp] + [
+            t.grad for t in (hidden, weight, bias) if t is not None
+        ]
     for ours, truth in zip(grads["torch"], grads["reference"], strict=True):
         assert relative(ours, truth) < 1e-12
-    assert grads["torch"][2][5].norm() == 0
+    assert grads["torch"][3][5].norm() == 0
 
 
 def test_gradients_by_finite_differences():
@@ -132,8 +132,10 @@ def test_gradients_by_finite_differences():
 
 def test_rows_without_weight_cost_nothing_and_can_be_asked_for(monkeypatch):
     visited = []
-    real = chunked.products.head_products
-    monkeypatch.setattr(chunked.products, "head_products", lambda x, *rest: visited.append(len(x)) or real(x, *rest))
+    real = chunked.Products.logits
+    monkeypatch.setattr(
+        chunked.Products, "logits", lambda self, rows, out: visited.append(len(out)) or real(self, rows, out)
+    )
     hidden, weight, targets, _ = problem(40, 8, 31)
     advantages, index = torch.tensor([0.0, 1.0, 0.0, -2.0]), torch.arange(40) % 4
     objective = af.AAPO(advantages, index, 40.0)
@@ -192,10 +194,10 @@ def test_any_cut_into_microbatches_gives_the_gradient_of_one_batch():
 
 def test_frozen_operands_get_no_gradient_and_no_work(monkeypatch):
     hidden, weight, targets, _ = problem(10, 8, 31)
-    monkeypatch.setattr(chunked.products, "add_weight_gradient", lambda *a: pytest.fail("dW of a frozen weight"))
+    monkeypatch.setattr(chunked.Products, "add_weight_gradient", lambda *a: pytest.fail("dW of a frozen weight"))
     af.linear_policy_loss(hidden, weight.detach(), targets, af.SFT(10.0)).loss.backward()
     assert hidden.grad.norm() > 0
-    monkeypatch.setattr(chunked.products, "hidden_gradient", lambda *a: pytest.fail("dX of frozen states"))
+    monkeypatch.setattr(chunked.Products, "hidden_gradient", lambda *a: pytest.fail("dX of frozen states"))
     with torch.no_grad():
         assert not af.linear_policy_loss(hidden, weight, targets, af.SFT(10.0)).loss.requires_grad
 

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from op_support import VARIANTS, objectives, problem, relative, run, sequences
+from op_support import VARIANTS, objectives, problem, relative, run, sequences, variant_problem
 
 import aapo_fast as af
-from aapo_fast.ops.linear_policy import chunked, sparse, uniforms
+from aapo_fast.ops.linear_policy import chunked, rows_torch, sparse, uniforms
 
 
 @pytest.fixture(autouse=True)
@@ -74,12 +74,11 @@ def test_every_entry_is_unbiased(kind):
     assert ((mean - p).abs() <= 1.01 * threshold / grid).all()
 
 
-@pytest.mark.parametrize("name", ["aapo", "user's, with entropy"])
+@pytest.mark.parametrize("name", ["aapo", "user's, of all three"])
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_gradients_average_to_the_exact_ones(variant, name, monkeypatch):
     """All rows get the same u from an even grid: dX of each row, and dW, average to the exact gradient."""
-    options = dict(VARIANTS[variant])
-    inputs = problem(8, 8, 129, bias=options.pop("bias", False))
+    inputs, options = variant_problem(variant, 8, 8, 129)
     objective = objectives(8)[name]
     _, exact = run("torch", inputs, objective, **options)
     grid, sums = 256, [0.0] * len(exact)
@@ -152,7 +151,7 @@ def test_rows_too_full_are_dense_and_exact(monkeypatch):
 def test_blocks_choose_their_road_one_by_one(monkeypatch):
     """Flat and peaked rows in one chunk: the flat ones are exact, the peaked ones sampled."""
     monkeypatch.setattr(sparse, "DENSE_SHARE", 0.05)
-    monkeypatch.setattr(chunked, "BLOCK_BYTES", 10 * 1001 * 8)
+    monkeypatch.setattr(rows_torch, "BLOCK_BYTES", 10 * 1001 * 8)
     hidden, weight, targets, _ = problem(40, 16, 1001, scale=2.0)
     hidden = hidden.detach()
     hidden[10:20] *= 1e-3

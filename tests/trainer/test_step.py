@@ -9,7 +9,7 @@ import pytest
 import support
 import torch
 
-from aapo_fast.config import TrainConfig
+from aapo_fast.config import LossConfig, TrainConfig
 from aapo_fast.data.packing import Weighted
 from aapo_fast.models import attention
 from aapo_fast.trainer.policy import Policy
@@ -20,10 +20,10 @@ ROUNDING = 1e-6
 CONFIG = TrainConfig(max_grad_norm=0.0, weight_decay=0.0)
 
 
-def make_policy():
+def make_policy(**loss):
     model = support.tiny(dtype=torch.float64)
     model.set_attn_implementation(attention.NAME)
-    return Policy(model, support.tokenizer(), temperature=1.0)
+    return Policy(model, support.tokenizer(), 1.0, LossConfig(**loss))
 
 
 def make_samples(zero_every=3):
@@ -37,9 +37,9 @@ def make_samples(zero_every=3):
     return samples
 
 
-def gradient_of(samples, **changes):
+def gradient_of(samples, loss=None, **changes):
     """What the optimizer is handed."""
-    policy = make_policy()
+    policy = make_policy(**(loss or {}))
     optimizer = make_optimizer(policy, CONFIG)
     taken = []
     optimizer.step = lambda: taken.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
@@ -73,6 +73,30 @@ def test_the_denominator_counts_tokens_without_weight_too():
     ratio = sum(len(w.sample.token_ids) for w in live) / sum(len(w.sample.token_ids) for w in make_samples())
     assert relative(with_zeros, without * ratio) < ROUNDING
     assert result.trained_tokens == sum(len(w.sample.token_ids) for w in live)
+
+
+@pytest.mark.parametrize("budget", [9, 100_000])
+def test_entropy_bonus_and_z_loss_reach_every_completion_token(budget):
+    """Their gradients by finite differences of the materialised regularizer, along the gradient itself."""
+    loss = {"entropy_bonus": 0.3, "z_loss": 0.02}
+    plain, _ = gradient_of(make_samples())
+    regularized, result = gradient_of(make_samples(), loss, max_microbatch_tokens=budget)
+    tokens = sum(len(w.sample.token_ids) for w in make_samples())
+    assert result.trained_tokens == tokens
+    policy = make_policy()
+
+    def regularizer():
+        total = 0.0
+        for w in make_samples():
+            ids = torch.tensor([[*w.sample.prompt_ids, *w.sample.token_ids]])
+            logits = policy.model(ids).logits[0, len(w.sample.prompt_ids) - 1 : -1].double()
+            entropy = torch.distributions.Categorical(logits=logits).entropy()
+            total = total + (0.02 * logits.logsumexp(-1).square() - 0.3 * entropy).sum()
+        return total / tokens
+
+    regularizer().backward()
+    truth = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+    assert relative(regularized - plain, truth) < 10 * ROUNDING
 
 
 def test_nothing_to_learn_leaves_the_weights():

@@ -1,158 +1,250 @@
-"""The pass: rows in chunks, each chunk visited once, gradients computed in the forward.
+"""The pass: rows in chunks, each chunk visited once.
 
-A chunk is what one matrix product takes; within it, a block is what the row kernels sweep while it is in cache.
+A chunk is what one pair of gradient products takes; a panel of it is what one product of logits takes; a block of that
+is what the row kernels sweep while it is in cache. On the CPU panel and chunk are one, and gradient rows overwrite the
+logits; on a GPU gradient rows are narrower than logits and have a buffer of their own.
 
-Reading order: sizes; ``_Pass``, the operands, buffers and accumulators of a run over the rows; ``policy_loss`` (token-
-local objectives, one visit); ``logprobs`` (any upstream gradient, logits recomputed in the backward).
+Reading order: sizes; ``Call``, what is asked; ``Pass``, buffers and accumulators of a run over the rows; the three
+runs: ``policy_loss`` (token-local objectives: loss and gradients in one visit), ``statistics`` and ``gradients`` (any
+upstream gradient: logits computed twice).
 
-Letters: N rows, C rows of a chunk or block, H hidden, V vocabulary.
+Letters: N rows of the call, M rows visited, C rows of a chunk or block, H hidden, V vocabulary of this shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from aapo_fast.objectives import Objective, Tokens
-from aapo_fast.ops.linear_policy import products, rows_torch, sparse
-from aapo_fast.ops.linear_policy.logits import LogitTransform, compute_dtype
-from aapo_fast.ops.linear_policy.rows_torch import Coefficients, RowStatistics
+from aapo_fast.objectives import LinearWeights, Objective, Tokens
+from aapo_fast.ops.linear_policy.products import Products
+from aapo_fast.ops.linear_policy.rows_torch import TorchRows, even_parts
+from aapo_fast.ops.linear_policy.sharded import VocabularyShard
+from aapo_fast.ops.linear_policy.statistics import (
+    Coefficients,
+    Entries,
+    OneLaunch,
+    RowKernels,
+    RowStatistics,
+    Transform,
+    compute_dtype,
+    finish,
+)
 from aapo_fast.ops.linear_policy.uniforms import row_uniforms
 
 CHUNK_ROWS = 512
 CHUNK_BYTES = 384 * 2**20
-"""A chunk has at most so many rows and its (C, V) buffer so many bytes. With fewer rows the products are slower (dW is
-read and written once a chunk), with more they are no faster: docs/LOG.md. Measured on a CPU only."""
+"""On the CPU a chunk has at most so many rows and its (C, V) buffer so many bytes. With fewer rows the products are
+slower (dW is read and written once a chunk), with more they are no faster: docs/LOG.md."""
 
-BLOCK_BYTES = 8 * 2**20
-"""Size of a block on the CPU: two of them should fit the cache. On a GPU a block is the whole chunk."""
+GPU_LOGIT_BYTES = 320 * 2**20
+GPU_GRADIENT_BYTES = 640 * 2**20
+"""On a GPU: the (panel, V) fp32 logits and the (chunk, V) bf16 gradient rows. Each chunk reads and writes dW once, 5 GB
+at (151936, 4096); together they stay below 1 GiB. By arithmetic, not yet measured."""
 
 FLUSH_ENTRIES = 4 * 2**20
 """Sparse entries that are gathered before they are spent on the accumulators."""
 
 
-@dataclass(frozen=True)
-class Backward:
-    """How gradient rows are kept: exactly (``threshold`` None), or sparsely with that eps and a sample by ``seed``."""
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a call asks, beside its tensors and its objective.
 
-    threshold: float | None = None
-    seed: int = 0
+    Attributes:
+        transform: from raw products to logits; a per-row temperature is (N,).
+        vocab_size: rows of the weight that are tokens; those beyond are padding.
+        shard: this rank's part of a vocabulary-parallel head, or None.
+        threshold: eps of sparse gradient rows, or None for exact ones.
+        seed: of their sample.
+        implementation: of the row kernels, resolved: "torch" or "triton".
+        drop_rows: leave out rows without weight; on a GPU, finding them waits for the device once.
+        autocast: what hidden and weight are cast to, or None.
+    """
+
+    transform: Transform
+    vocab_size: int
+    shard: VocabularyShard | None
+    threshold: float | None
+    seed: int
+    implementation: str
+    drop_rows: bool
+    autocast: torch.dtype | None
 
 
-def even_parts(num_rows: int, most: int) -> int:
-    """Rows a part: at most ``most``, evened out so that the last part is not a sliver."""
-    num_parts = max(1, -(-num_rows // max(1, most)))
-    return max(1, -(-num_rows // num_parts))
+class Gradients(NamedTuple):
+    """In the compute dtype, None where not wanted: (M, H), (V, H) and (V,)."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
-class _Pass:
-    """Operands, buffers and gradient accumulators of one run over the rows."""
+class Pass:
+    """Operands, buffers and gradient accumulators of one run over the rows.
+
+    Args:
+        hidden, weight, bias: (M, H), (V, H), (V,) or None.
+        targets: (M,) tokens; anything outside [0, vocab_size) is a row without a target.
+        numbers: (M,) int64 numbers of the rows in the call.
+        call: what is asked.
+        wanted: whether each of the three operands needs a gradient.
+    """
 
     def __init__(
         self,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        transform: LogitTransform,
-        wanted: tuple[bool, bool, bool],
-        backward: Backward,
+        targets: Tensor,
+        numbers: Tensor,
+        call: Call,
+        wanted: Sequence[bool],
     ) -> None:
-        self.hidden, self.weight, self.transform, self.backward = hidden, weight, transform, backward
+        self.call, self.numbers, self.hidden = call, numbers, hidden
         self.dtype = compute_dtype(hidden, weight, bias)
-        self.road = products.choose_road(hidden, weight, self.dtype)
+        live = call.vocab_size
+        self.transform = call.transform.of(numbers)
+        vocab_size = live if call.shard is None else call.shard.vocab_size
+        self.has_target = (targets >= 0) & (targets < vocab_size)
+        here = targets if call.shard is None else targets - call.shard.start
+        self.targets = torch.where(self.has_target & (here >= 0) & (here < live), here, -1)
         # -inf rules a token out. A large finite number does the same without the NaN of 0 * inf in the entropy.
-        self.bias = None if bias is None else bias.to(self.dtype).clamp(min=-1e30)
-        n, v = hidden.shape[0], weight.shape[0]
-        row_bytes = v * self.dtype.itemsize
-        self.chunk_rows = even_parts(n, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
-        self.block_rows = self.chunk_rows if hidden.is_cuda else even_parts(self.chunk_rows, BLOCK_BYTES // row_bytes)
-        self.buffer = torch.empty(self.chunk_rows, v, dtype=self.dtype, device=hidden.device)
-        # Zeros beyond V stay zeros: the padding of the sparse sample's last tile.
-        self.scratch = self.buffer.new_zeros(self.block_rows, sparse.padded_width(v))
-        want_hidden, want_weight, want_bias = wanted
-        self.d_hidden = self.buffer.new_zeros(hidden.shape) if want_hidden else None
-        self.d_weight = self.buffer.new_zeros(weight.shape) if want_weight else None
-        self.d_bias = self.buffer.new_zeros(v) if want_bias else None
-        self._entries: list[sparse.Entries] = []
+        self.bias = None if bias is None else bias[:live].to(self.dtype).clamp(min=-1e30)
+        self.products = Products(hidden, weight[:live], self.dtype)
+        self._allocate(hidden.shape[0], live)
+        self.kernels = _row_kernels(call, self._logits)
+        zeros = self._logits.new_zeros
+        self.gradients = Gradients(
+            zeros(hidden.shape) if wanted[0] else None,
+            zeros(weight.shape) if wanted[1] else None,
+            zeros(weight.shape[:1]) if wanted[2] else None,
+        )
+        self._dense_blocks: list[slice] = []
+        self._entries: list[Entries] = []
 
-    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of each chunk, and their raw head products (C, V)."""
+    def _allocate(self, num_rows: int, vocab: int) -> None:
+        hidden, narrow = self.hidden, self.products.gradient_dtype
+        row_bytes = vocab * self.dtype.itemsize
+        if not hidden.is_cuda:
+            self.chunk_rows = even_parts(num_rows, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
+            self.panel_rows = self.chunk_rows
+        elif narrow == self.dtype:
+            self.chunk_rows = even_parts(num_rows, (GPU_LOGIT_BYTES + GPU_GRADIENT_BYTES) // row_bytes)
+            self.panel_rows = self.chunk_rows
+        else:
+            self.chunk_rows = even_parts(num_rows, GPU_GRADIENT_BYTES // (vocab * narrow.itemsize))
+            self.panel_rows = even_parts(self.chunk_rows, GPU_LOGIT_BYTES // row_bytes)
+        self._logits = _aligned(self.panel_rows, vocab, self.dtype, hidden.device)
+        in_place = narrow == self.dtype
+        self._gradient_rows = self._logits if in_place else _aligned(self.chunk_rows, vocab, narrow, hidden.device)
+
+    def chunks(self) -> Iterator[slice]:
         for start in range(0, self.hidden.shape[0], self.chunk_rows):
-            rows = slice(start, min(start + self.chunk_rows, self.hidden.shape[0]))
-            out = self.buffer[: rows.stop - rows.start]
-            products.head_products(self.hidden[rows], self.weight, out, self.road)
-            yield rows, out if self.bias is None else out.add_(self.bias)
+            yield slice(start, min(start + self.chunk_rows, self.hidden.shape[0]))
 
-    def blocks(self, rows: slice, chunk: Tensor, targets: Tensor) -> Iterator[tuple[slice, RowStatistics]]:
-        """Rows of each block of a chunk, and their statistics. A block's buffers serve the next one too."""
-        for start in range(0, chunk.shape[0], self.block_rows):
-            block = chunk[start : start + self.block_rows]
-            here = slice(rows.start + start, rows.start + start + block.shape[0])
-            scratch = self.scratch[: block.shape[0], : block.shape[1]]
-            yield here, rows_torch.statistics(block, targets[here], self.transform, scratch)
+    def blocks(self, chunk: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Of each block: its rows, its (C, V) raw products, and where its gradient rows go, perhaps the same memory."""
+        for start in range(chunk.start, chunk.stop, self.panel_rows):
+            panel = slice(start, min(start + self.panel_rows, chunk.stop))
+            logits = self._logits[: panel.stop - start]
+            self.products.logits(panel, logits)
+            if self.bias is not None:
+                logits += self.bias
+            for first in range(start, panel.stop, self.kernels.block_rows):
+                rows = slice(first, min(first + self.kernels.block_rows, panel.stop))
+                gradient = self._gradient_rows[rows.start - chunk.start : rows.stop - chunk.start]
+                yield rows, logits[rows.start - start : rows.stop - start], gradient
+
+    def sweep(self, rows: slice, products: Tensor) -> RowStatistics:
+        """Sweep 1 of a block."""
+        partials = self.kernels.statistics(products, self.targets[rows], self.transform.of(rows))
+        return finish(partials if self.call.shard is None else self.call.shard.merged(partials))
+
+    def can_sweep_at_once(self) -> bool:
+        """Whether one launch may do both sweeps, for coefficients that are known beforehand."""
+        whole_rows = self.call.shard is None and self.call.threshold is None
+        return whole_rows and self.wants_gradient() and isinstance(self.kernels, OneLaunch)
+
+    def sweep_and_spend(self, rows: slice, products: Tensor, gradient: Tensor, linear: LinearWeights) -> RowStatistics:
+        """Both sweeps of a block in one launch."""
+        assert isinstance(self.kernels, OneLaunch)
+        index = linear.sequence_index[self.numbers[rows]]
+        transform = self.transform.of(rows)
+        partials = self.kernels.both_sweeps(products, self.targets[rows], linear.weights, index, transform, gradient)
+        self._dense_blocks.append(rows)
+        return finish(partials)
 
     def wants_gradient(self) -> bool:
-        return self.d_hidden is not None or self.d_weight is not None or self.d_bias is not None
+        return any(g is not None for g in self.gradients)
 
-    def spend_block(
-        self, here: slice, stats: RowStatistics, targets: Tensor, numbers: Tensor, wanted: Coefficients
-    ) -> bool:
-        """Turn a block into gradient rows: sparse ones are kept for ``flush``, dense ones left in its buffer.
+    def spend(
+        self, rows: slice, products: Tensor, gradient: Tensor, stats: RowStatistics, wanted: Coefficients
+    ) -> None:
+        """Sweep 2 of a block: sparse gradient rows are kept for ``flush``, dense ones for the end of the chunk."""
+        sweep = (products, self.targets[rows], stats, wanted, self.transform.of(rows))
+        if self.call.threshold is not None:
+            uniforms = row_uniforms(self.call.seed, self.numbers[rows])
+            entries = self.kernels.sparse_gradient(*sweep, self.call.threshold, uniforms)
+            if entries is not None:
+                self._entries.append(entries._replace(row=entries.row + rows.start))
+                return
+        self.kernels.gradient(*sweep, gradient)
+        self._dense_blocks.append(rows)
 
-        Args:
-            here: rows of the block.
-            targets: (N,).
-            numbers: (N,) row numbers, which the uniforms of the sparse sample belong to.
-
-        Returns:
-            Whether the gradient rows are dense.
-        """
-        if self.backward.threshold is not None:
-            count = here.stop - here.start
-            uniforms = row_uniforms(self.backward.seed, numbers[here])
-            sample = sparse.sample_rows(self.scratch[:count], stats.total, self.backward.threshold, uniforms)
-            if sample is not None:
-                entries = sparse.gradient_entries(sample, stats, targets[here], wanted, self.transform)
-                self._entries.append(entries._replace(row=entries.row + here.start))
-                return False
-        rows_torch.dense_gradient(stats, targets[here], wanted, self.transform)
-        return True
-
-    def spend_dense(self, rows: slice, chunk: Tensor, dense_blocks: list[slice]) -> None:
-        """Spend the dense gradient rows of a chunk on the accumulators."""
-        for part in _joined(dense_blocks):
-            d = chunk[part.start - rows.start : part.stop - rows.start]
-            if self.d_hidden is not None:
-                products.hidden_gradient(d, self.weight, self.d_hidden[part], self.road)
-            if self.d_weight is not None:
-                products.add_weight_gradient(d, self.hidden[part], self.d_weight, self.road)
-            if self.d_bias is not None:
-                self.d_bias += d.sum(0)
+    def end_chunk(self, chunk: slice) -> None:
+        """Spend the chunk's dense gradient rows on the accumulators."""
+        for rows in _joined(self._dense_blocks):
+            d = self._gradient_rows[rows.start - chunk.start : rows.stop - chunk.start]
+            if self.gradients.hidden is not None:
+                self.products.hidden_gradient(d, self.gradients.hidden[rows])
+            if self.gradients.weight is not None:
+                self.products.add_weight_gradient(d, rows, self.gradients.weight[: self.call.vocab_size])
+            if self.gradients.bias is not None:
+                self.gradients.bias[: self.call.vocab_size] += d.sum(0, dtype=self.dtype)
+        self._dense_blocks = []
         if sum(entries.value.numel() for entries in self._entries) > FLUSH_ENTRIES:
-            self.flush()
+            self._flush()
 
-    def flush(self) -> None:
+    def _flush(self) -> None:
         """Spend the sparse gradient rows gathered so far."""
         if not self._entries:
             return
-        entries = sparse.Entries(*(torch.cat(parts) for parts in zip(*self._entries, strict=True)))
+        entries = Entries(*(torch.cat(parts) for parts in zip(*self._entries, strict=True)))
         self._entries = []
-        if self.d_hidden is not None:
-            self.d_hidden += sparse.times_weight(entries, self.hidden.shape[0], self.weight.to(self.dtype))
-        if self.d_weight is not None:
-            sparse.add_transposed_times(entries, self.hidden.to(self.dtype), self.d_weight)
-        if self.d_bias is not None:
-            self.d_bias.index_add_(0, entries.column, entries.value)
+        first, last = int(entries.row[0]), int(entries.row[-1]) + 1
+        entries = entries._replace(row=entries.row - first)
+        if self.gradients.hidden is not None:
+            self.kernels.add_times_weight(entries, self.products.weight, self.gradients.hidden[first:last])
+        if self.gradients.weight is not None:
+            out = self.gradients.weight[: self.call.vocab_size]
+            self.kernels.add_transposed_times(entries, self.hidden[first:last], out)
+        if self.gradients.bias is not None:
+            self.gradients.bias.index_add_(0, entries.column, entries.value)
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """With respect to hidden, weight and bias, in the compute dtype."""
-        self.flush()
-        return self.d_hidden, self.d_weight, self.d_bias
+    def end(self) -> Gradients:
+        """All gradients, complete."""
+        self._flush()
+        if self.call.shard is not None and self.gradients.hidden is not None:
+            self.call.shard.sum_(self.gradients.hidden)
+        return self.gradients
+
+
+def _aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows, columns) whose rows start at multiples of 256 bytes on a GPU, for the vendor's fastest products."""
+    unit = 256 // dtype.itemsize if device.type == "cuda" else 1
+    return torch.empty(rows, -(-columns // unit) * unit, dtype=dtype, device=device)[:, :columns]
+
+
+def _row_kernels(call: Call, logits: Tensor) -> RowKernels:
+    if call.implementation == "triton":
+        from aapo_fast.ops.linear_policy.rows_triton import TritonRows
+
+        return TritonRows(logits, sparse=call.threshold is not None)
+    return TorchRows(logits)
 
 
 def _joined(blocks: list[slice]) -> Iterator[slice]:
@@ -172,144 +264,81 @@ def _joined(blocks: list[slice]) -> Iterator[slice]:
 # --- token-local objectives: loss and gradients in one visit ---------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """What ``_PolicyLoss`` is asked to do, beside its differentiable operands."""
-
-    targets: Tensor
-    rows: Tensor
-    objective: Objective
-    transform: LogitTransform
-    backward: Backward
-    wanted: tuple[bool, bool, bool]
-
-
-def policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    rows: Tensor,
-    objective: Objective,
-    transform: LogitTransform,
-    backward: Backward,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss with gradient, (N,) log-probabilities and (N,) entropies without."""
-    wanted = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
-    if not torch.is_grad_enabled():
-        wanted = (False, False, False)
-    return _PolicyLoss.apply(hidden, weight, bias, _Call(targets, rows, objective, transform, backward, wanted))
+def policy_loss(work: Pass, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss; (M,) log-probabilities and entropies, NaN without a target. ``work`` holds the gradients."""
+    loss = torch.zeros((), dtype=work.dtype, device=work.hidden.device)
+    logps = torch.full(work.targets.shape, torch.nan, dtype=work.dtype, device=work.hidden.device)
+    entropy = logps.clone()
+    linear = _known_beforehand(objective, work)
+    for chunk in work.chunks():
+        for rows, products, gradient in work.blocks(chunk):
+            if linear is not None:
+                stats = work.sweep_and_spend(rows, products, gradient, linear)
+                block_loss, _ = _differentiate(objective, stats, work.numbers[rows], work.has_target[rows])
+            else:
+                stats = work.sweep(rows, products)
+                block_loss, wanted = _differentiate(objective, stats, work.numbers[rows], work.has_target[rows])
+                if work.wants_gradient():
+                    work.spend(rows, products, gradient, stats, wanted)
+            loss += block_loss
+            logps[rows], entropy[rows] = stats.logps, stats.entropy
+        work.end_chunk(chunk)
+    return loss, logps.where(work.has_target, torch.nan), entropy.where(work.has_target, torch.nan)
 
 
-class _PolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        work = _Pass(hidden, weight, bias, call.transform, call.wanted, call.backward)
-        loss = torch.zeros((), dtype=work.dtype, device=hidden.device)
-        logps = torch.empty(hidden.shape[0], dtype=work.dtype, device=hidden.device)
-        entropy = torch.empty_like(logps)
-        for rows, chunk in work.chunks():
-            dense_blocks = []
-            for here, stats in work.blocks(rows, chunk, call.targets):
-                logps[here], entropy[here] = stats.logps, stats.entropy
-                block_loss, wanted = _differentiate(call.objective, stats, call.rows[here])
-                loss += block_loss
-                if work.wants_gradient() and work.spend_block(here, stats, call.targets, call.rows, wanted):
-                    dense_blocks.append(here)
-            work.spend_dense(rows, chunk, dense_blocks)
-        ctx.save_for_backward(*work.gradients())
-        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
-        ctx.mark_non_differentiable(logps, entropy)
-        return loss, logps, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-        # Rounded here and only once: before the upstream scale (1/3 of an accumulation, 65536 of a loss scaler) an fp16
-        # gradient divided by many tokens would already have vanished.
-        return (*(_scaled(g, d_loss, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)), None)
-
-
-def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """``gradient * scale`` in ``dtype``, with no buffer beyond the result."""
-    if gradient is None:
+def _known_beforehand(objective: Objective, work: Pass) -> LinearWeights | None:
+    """Coefficients that need no first sweep, where the kernels can use them: both sweeps are then one launch."""
+    linear = getattr(objective, "linear", None)
+    if linear is None or not work.can_sweep_at_once():
         return None
-    # The usual scale is one; looking costs nothing on the CPU, and would stall a GPU.
-    if gradient.dtype == dtype and scale.device.type == "cpu" and scale.item() == 1.0:
-        return gradient
-    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+    found: LinearWeights | None = linear()
+    return found
 
 
-def _differentiate(objective: Objective, stats: RowStatistics, rows: Tensor) -> tuple[Tensor, Coefficients]:
-    """Sum of the token losses, and its derivatives with respect to log-probabilities and entropies, on vectors."""
+def _differentiate(
+    objective: Objective, stats: RowStatistics, numbers: Tensor, has_target: Tensor
+) -> tuple[Tensor, Coefficients]:
+    """Sum of the token losses, and its derivatives with respect to the statistics, on vectors."""
     with torch.enable_grad():
-        logps = stats.logps.detach().requires_grad_()
+        logps = stats.logps.where(has_target, 0.0).detach().requires_grad_()
         entropy = stats.entropy.detach().requires_grad_()
-        losses = objective(Tokens(logps, entropy, rows))
+        logsumexp = stats.logsumexp.detach().requires_grad_()
+        losses = objective(Tokens(logps, entropy, numbers, logsumexp))
         if not isinstance(losses, Tensor) or losses.shape != logps.shape:
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(f"objective returned {got}; it must return one loss a row, {tuple(logps.shape)}")
-        loss = losses.sum()
-    d_logps, d_entropy = None, None
+        loss = losses.where(has_target, 0.0).sum()
+    wanted: tuple[Tensor | None, ...] = (None, None, None)
     if loss.requires_grad:
-        d_logps, d_entropy = torch.autograd.grad(loss, (logps, entropy), allow_unused=True)
-    return loss.detach(), Coefficients(torch.zeros_like(stats.logps) if d_logps is None else d_logps, d_entropy)
+        wanted = torch.autograd.grad(loss, (logps, entropy, logsumexp), allow_unused=True)
+    d_logps = torch.zeros_like(logps) if wanted[0] is None else wanted[0]
+    return loss.detach(), Coefficients(d_logps, wanted[1], wanted[2])
 
 
-# --- any upstream gradient: log-probabilities out, logits recomputed in the backward ---------------------------------
+# --- any upstream gradient: statistics out, logits recomputed in the backward ----------------------------------------
 
 
-def logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    rows: Tensor,
-    transform: LogitTransform,
-    backward: Backward,
-) -> tuple[Tensor, Tensor]:
-    """(N,) log-probabilities of the targets and (N,) entropies, both differentiable."""
-    return _LogProbs.apply(hidden, weight, bias, targets, rows, transform, backward)
+def statistics(work: Pass) -> tuple[Tensor, Tensor, Tensor]:
+    """(M,) log-probabilities, entropies and log-sum-exps; zero in rows without a target."""
+    logps = torch.empty(work.targets.shape, dtype=work.dtype, device=work.hidden.device)
+    entropy, logsumexp = torch.empty_like(logps), torch.empty_like(logps)
+    for chunk in work.chunks():
+        for rows, products, _ in work.blocks(chunk):
+            stats = work.sweep(rows, products)
+            logps[rows], entropy[rows], logsumexp[rows] = stats.logps, stats.entropy, stats.logsumexp
+    logps, entropy, logsumexp = (values.where(work.has_target, 0.0) for values in (logps, entropy, logsumexp))
+    return logps, entropy, logsumexp
 
 
-class _LogProbs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        rows: Tensor,
-        transform: LogitTransform,
-        backward: Backward,
-    ) -> tuple[Tensor, Tensor]:
-        work = _Pass(hidden, weight, bias, transform, (False, False, False), backward)
-        logps = torch.empty(hidden.shape[0], dtype=work.dtype, device=hidden.device)
-        entropy = torch.empty_like(logps)
-        for chunk_rows, chunk in work.chunks():
-            for here, stats in work.blocks(chunk_rows, chunk, targets):
-                logps[here], entropy[here] = stats.logps, stats.entropy
-        ctx.save_for_backward(hidden, weight, bias, targets, rows)
-        ctx.transform, ctx.how = transform, backward
-        ctx.set_materialize_grads(False)
-        return logps, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, numbers = ctx.saved_tensors
-        work = _Pass(hidden, weight, bias, ctx.transform, ctx.needs_input_grad[:3], ctx.how)
-        if d_logps is None:
-            d_logps = torch.zeros(targets.shape, dtype=work.dtype, device=targets.device)
-        for rows, chunk in work.chunks():
-            dense_blocks = []
-            for here, stats in work.blocks(rows, chunk, targets):
-                wanted = Coefficients(d_logps[here], None if d_entropy is None else d_entropy[here])
-                if work.spend_block(here, stats, targets, numbers, wanted):
-                    dense_blocks.append(here)
-            work.spend_dense(rows, chunk, dense_blocks)
-        gradients = zip(work.gradients(), (hidden, weight, bias), strict=True)
-        return (*(None if g is None else g.to(t.dtype) for g, t in gradients), None, None, None, None)
+def gradients(work: Pass, upstream: Sequence[Tensor | None]) -> Gradients:
+    """Gradients for (M,) upstream gradients of ``statistics``' results; None is zero."""
+    d_logps, *others = (None if d is None else d.where(work.has_target, 0.0) for d in upstream)
+    if d_logps is None:
+        d_logps = torch.zeros(work.targets.shape, dtype=work.dtype, device=work.hidden.device)
+    wanted = Coefficients(d_logps, *others)
+    for chunk in work.chunks():
+        for rows, products, gradient in work.blocks(chunk):
+            stats = work.sweep(rows, products)
+            work.spend(rows, products, gradient, stats, wanted.of(rows))
+        work.end_chunk(chunk)
+    return work.end()

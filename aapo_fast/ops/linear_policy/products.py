@@ -6,7 +6,8 @@ Three roads, by what the operands are and what the hardware offers:
 - FP32_OUTPUT: both operands bf16 on CUDA. The vendor's GEMM with fp32 output (``out_dtype``), so that logits are not
   rounded; the gradient rows are rounded once to bf16 before the two products that consume them.
 - WIDEN: anything else (low precision on the CPU, mixed dtypes, fp16, in which gradient rows divided by many tokens
-  would underflow). Slabs of the vocabulary are widened to the compute dtype: slower, no less accurate.
+  would underflow). The weight is widened to the compute dtype, slower and no less accurate: once on the CPU, slab by
+  slab on a GPU, where memory is dear.
 """
 
 from __future__ import annotations
@@ -35,38 +36,55 @@ def choose_road(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Road:
     return Road.WIDEN
 
 
-def head_products(x: Tensor, weight: Tensor, out: Tensor, road: Road) -> Tensor:
-    """``out = x @ weight.T``: (C, H) and (V, H) to (C, V)."""
-    if road is Road.SAME:
-        return torch.mm(x, weight.t(), out=out)
-    if road is Road.FP32_OUTPUT:
-        return torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
-    wide = x.to(out.dtype)
-    for part, slab in _slabs(weight, out.dtype):
-        torch.mm(wide, slab.t(), out=out[:, part])
-    return out
+class Products:
+    """The products of one run over the rows.
 
+    Args:
+        hidden: (N, H).
+        weight: (V, H).
+        dtype: the compute dtype.
 
-def hidden_gradient(d: Tensor, weight: Tensor, out: Tensor, road: Road) -> Tensor:
-    """``out = d @ weight``: (C, V) and (V, H) to (C, H), in the compute dtype."""
-    if road is Road.SAME:
-        return torch.mm(d, weight, out=out)
-    if road is Road.FP32_OUTPUT:
-        return torch.mm(d.to(weight.dtype), weight, out_dtype=torch.float32, out=out)
-    out.zero_()
-    for part, slab in _slabs(weight, d.dtype):
-        out.addmm_(d[:, part], slab)
-    return out
+    Attributes:
+        gradient_dtype: what gradient rows are rounded to before they are multiplied.
+    """
 
+    def __init__(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
+        self.road, self.dtype, self.hidden = choose_road(hidden, weight, dtype), dtype, hidden
+        self.weight = weight.to(dtype) if self.road is Road.WIDEN and not weight.is_cuda else weight
+        self.gradient_dtype = torch.bfloat16 if self.road is Road.FP32_OUTPUT else dtype
 
-def add_weight_gradient(d: Tensor, x: Tensor, out: Tensor, road: Road) -> Tensor:
-    """``out += d.T @ x``: (C, V) and (C, H) to (V, H), accumulated in the compute dtype."""
-    if road is Road.FP32_OUTPUT:
-        return torch.addmm(out, d.to(x.dtype).t(), x, out_dtype=torch.float32, out=out)
-    return out.addmm_(d.t(), x.to(d.dtype))
+    def logits(self, rows: slice, out: Tensor) -> None:
+        """``out = hidden[rows] @ weight.T``, (C, V)."""
+        x = self.hidden[rows]
+        if self.road is Road.FP32_OUTPUT:
+            torch.mm(x, self.weight.t(), out_dtype=torch.float32, out=out)
+            return
+        for part, slab in self._slabs():
+            torch.mm(x.to(self.dtype), slab.t(), out=out[:, part])
 
+    def hidden_gradient(self, d: Tensor, out: Tensor) -> None:
+        """``out = d @ weight``: (C, V) and (V, H) to (C, H), in the compute dtype."""
+        if self.road is Road.FP32_OUTPUT:
+            torch.mm(d.to(self.weight.dtype), self.weight, out_dtype=torch.float32, out=out)
+            return
+        for part, slab in self._slabs():
+            if part.start == 0:
+                torch.mm(d[:, part], slab, out=out)
+            else:
+                out.addmm_(d[:, part], slab)
 
-def _slabs(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    for start in range(0, weight.shape[0], SLAB_ROWS):
-        part = slice(start, start + SLAB_ROWS)
-        yield part, weight[part].to(dtype)
+    def add_weight_gradient(self, d: Tensor, rows: slice, out: Tensor) -> None:
+        """``out += d.T @ hidden[rows]``: (C, V) and (C, H) to (V, H), accumulated in the compute dtype."""
+        x = self.hidden[rows]
+        if self.road is Road.FP32_OUTPUT:
+            torch.addmm(out, d.to(x.dtype).t(), x, out_dtype=torch.float32, out=out)
+        else:
+            out.addmm_(d.t(), x.to(self.dtype))
+
+    def _slabs(self) -> Iterator[tuple[slice, Tensor]]:
+        if self.weight.dtype == self.dtype:
+            yield slice(0, self.weight.shape[0]), self.weight
+            return
+        for start in range(0, self.weight.shape[0], SLAB_ROWS):
+            part = slice(start, start + SLAB_ROWS)
+            yield part, self.weight[part].to(self.dtype)

@@ -1,87 +1,128 @@
-"""The row kernels in plain PyTorch: two sweeps over a block of logits.
-
-This is the interface that other row kernels take over: ``statistics`` reads a block, ``dense_gradient`` turns the same
-block into gradient rows (``sparse.emit`` into sparse ones). Between the two the caller evaluates the objective, on
-vectors. A block is small enough for its sweeps to stay in the processor's cache.
-"""
+"""The row kernels in plain PyTorch: two sweeps over a block of logits that is small enough to stay in cache."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from aapo_fast.ops.linear_policy.logits import LogitTransform
+from aapo_fast.ops.linear_policy import sparse
+from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Partials, RowStatistics, Transform
+
+BLOCK_BYTES = 8 * 2**20
+"""Size of a block on the CPU: two of them should fit the cache. On a GPU a block is the whole chunk."""
 
 
-class RowStatistics(NamedTuple):
-    """Per row of a block, (C,): ``logps`` of the targets and ``entropy``; and what the second sweep needs again.
+class TorchRows:
+    """``RowKernels`` in plain PyTorch, for any device and fp32 or fp64.
 
-    Attributes:
-        shifted: (C, V) logits less their row maximum, in the buffer of the raw products.
-        exps: (C, V) ``exp(shifted)``.
-        row_max, total: (C, 1) that maximum, and the sum of ``exps``.
+    Sweep 1 leaves ``shifted`` (logits less the row's maximum) in the block and their exponentials in ``_exps``; both
+    serve sweep 2 of the same block.
     """
 
-    logps: Tensor
-    entropy: Tensor
-    shifted: Tensor
-    exps: Tensor
-    row_max: Tensor
-    total: Tensor
+    def __init__(self, chunk: Tensor) -> None:
+        rows, vocab = chunk.shape
+        fit = rows if chunk.is_cuda else BLOCK_BYTES // max(1, vocab * chunk.itemsize)
+        self.block_rows = even_parts(rows, fit)
+        # Zeros beyond V stay zeros: the padding of the sparse sample's last tile.
+        self._exps = chunk.new_zeros(self.block_rows, sparse.padded_width(vocab))
+        self._row_max = chunk.new_empty(0)
+
+    def statistics(self, products: Tensor, targets: Tensor, transform: Transform) -> Partials:
+        z = _logits_(products, transform)
+        row_max = self._row_max = z.amax(1)
+        at_target = z.gather(1, targets.clamp(min=0)[:, None]).squeeze(1).masked_fill(targets < 0, -torch.inf)
+        shifted = z.sub_(row_max[:, None])
+        exps = torch.exp(shifted, out=self._exps[: z.shape[0], : z.shape[1]])
+        return Partials(row_max, exps.sum(1), torch.linalg.vecdot(exps, shifted), at_target)
+
+    def gradient(
+        self,
+        products: Tensor,
+        targets: Tensor,
+        rows: RowStatistics,
+        wanted: Coefficients,
+        transform: Transform,
+        out: Tensor,
+    ) -> None:
+        """d loss / d z_v = a (onehot_v - p_v) - b p_v (log p_v + H) + c p_v, times the slope d z / d x."""
+        shifted, exps = products, self._exps[: products.shape[0], : products.shape[1]]
+        slope = None
+        if transform.softcap is not None:
+            slope = _slope_(shifted + self._row_max[:, None], transform.column(), transform.softcap)
+        steepness = transform.scale / transform.column()
+        share = steepness / self._total(rows)[:, None]
+        on_every = -wanted.logps if wanted.logsumexp is None else wanted.logsumexp - wanted.logps
+        if wanted.entropy is None:
+            d = torch.mul(exps, on_every[:, None] * share, out=products)
+        else:
+            # -b (log p_v + H) + (c - a), with log p_v + H = shifted_v + offset
+            b, offset = wanted.entropy, rows.entropy - self._total(rows).log()
+            d = shifted.mul_(-b[:, None]).add_((on_every - b * offset)[:, None]).mul_(exps).mul_(share)
+        at_target = (wanted.logps * (targets >= 0))[:, None] * steepness
+        d.scatter_add_(1, targets.clamp(min=0)[:, None], at_target)
+        if slope is not None:
+            d.mul_(slope)
+        if out.data_ptr() != d.data_ptr():
+            out.copy_(d)
+
+    def sparse_gradient(
+        self,
+        products: Tensor,
+        targets: Tensor,
+        rows: RowStatistics,
+        wanted: Coefficients,
+        transform: Transform,
+        threshold: float,
+        uniforms: Tensor,
+    ) -> Entries | None:
+        total = self._total(rows)
+        sample = sparse.sample_rows(self._exps[: products.shape[0]], total[:, None], threshold, uniforms)
+        if sample is None:
+            return None
+        row, column = sample.row, sample.column
+        factor = (-wanted.logps if wanted.logsumexp is None else wanted.logsumexp - wanted.logps)[row]
+        if wanted.entropy is not None:
+            offset = rows.entropy - total.log()
+            factor = factor - wanted.entropy[row] * (products[row, column] + offset[row])
+        held = (targets >= 0).nonzero().squeeze(1)
+        row, column = torch.cat([row, held]), torch.cat([column, targets[held]])
+        value = torch.cat([sample.value * factor, wanted.logps[held]])
+        temperature = transform.of(row).temperature
+        value *= transform.scale / temperature
+        if transform.softcap is not None:
+            value *= _slope_(products[row, column] + self._row_max[row], temperature, transform.softcap)
+        return Entries(row, column, value)
+
+    def _total(self, rows: RowStatistics) -> Tensor:
+        """What the exponentials of this shard are divided by: the row's total, from this shard's maximum.
+
+        A shard more than 80 below the row's maximum has no probability that fp32 could hold; the bound keeps inf out.
+        """
+        return rows.total * (rows.row_max - self._row_max).clamp(max=80.0).exp()
+
+    def add_times_weight(self, entries: Entries, weight: Tensor, out: Tensor) -> None:
+        sparse.add_times_weight(entries, weight.to(out.dtype), out)
+
+    def add_transposed_times(self, entries: Entries, hidden: Tensor, out: Tensor) -> None:
+        sparse.add_transposed_times(entries, hidden.to(out.dtype), out)
 
 
-class Coefficients(NamedTuple):
-    """What the objective wants of each row, (C,).
-
-    Attributes:
-        logps: d loss / d logp.
-        entropy: d loss / d entropy, or None where the objective does not use the entropy.
-    """
-
-    logps: Tensor
-    entropy: Tensor | None
+def even_parts(num_rows: int, most: int) -> int:
+    """Rows a part: at most ``most``, evened out so that the last part is not a sliver."""
+    num_parts = max(1, -(-num_rows // max(1, most)))
+    return max(1, -(-num_rows // num_parts))
 
 
-def statistics(products: Tensor, targets: Tensor, transform: LogitTransform, scratch: Tensor) -> RowStatistics:
-    """Sweep 1: log-sum-exp, target logit and entropy of each row.
-
-    Args:
-        products: (C, V) raw head products, fp32 or fp64; overwritten.
-        targets: (C,) int64.
-        scratch: (C, V) like ``products``; overwritten.
-    """
-    z = transform.apply_(products)
-    row_max = z.amax(1, keepdim=True)
-    shifted = z.sub_(row_max)
-    exps = torch.exp(shifted, out=scratch)
-    total = exps.sum(1, keepdim=True)
-    log_total = total.log()
-    logps = (shifted.gather(1, targets[:, None]) - log_total).squeeze(1)
-    # H = log-sum-exp - E[z]; written with the shifted logits, so no large numbers cancel.
-    mean_shifted = torch.linalg.vecdot(exps, shifted) / total.squeeze(1)
-    entropy = log_total.squeeze(1) - mean_shifted
-    return RowStatistics(logps, entropy, shifted, exps, row_max, total)
+def _logits_(x: Tensor, transform: Transform) -> Tensor:
+    """Raw products to logits, in place."""
+    if transform.softcap is not None:
+        x.mul_(transform.scale / transform.softcap).tanh_()
+        return x.mul_(transform.softcap / transform.column())
+    if isinstance(transform.temperature, Tensor) or transform.temperature != transform.scale:
+        x.mul_(transform.scale / transform.column())
+    return x
 
 
-def dense_gradient(rows: RowStatistics, targets: Tensor, wanted: Coefficients, transform: LogitTransform) -> Tensor:
-    """Sweep 2: (C, V) gradient of the loss with respect to the raw products, in their buffer.
-
-        d loss / d z_v = d_logp (onehot_v - p_v) - d_entropy p_v (log p_v + H)
-
-    Args:
-        rows: the result of sweep 1; overwritten.
-        targets: (C,) int64.
-    """
-    slope = transform.slope(rows.shifted, rows.row_max)
-    d_logps = wanted.logps[:, None] / transform.temperature
-    if wanted.entropy is None:
-        out = torch.mul(rows.exps, -d_logps / rows.total, out=rows.shifted)
-    else:
-        d_entropy = wanted.entropy[:, None] / transform.temperature
-        # log p_v + H = shifted_v + offset
-        offset = rows.entropy[:, None] - rows.total.log()
-        out = rows.shifted.add_(offset).mul_(-d_entropy).sub_(d_logps).mul_(rows.exps).div_(rows.total)
-    out.scatter_add_(1, targets[:, None], d_logps)
-    return out if slope is None else out.mul_(slope)
+def _slope_(z: Tensor, temperature: float | Tensor, softcap: float) -> Tensor:
+    """What of d z / d x differs from entry to entry, ``1 - tanh^2``, from the logits z and in their place."""
+    return z.mul_(temperature / softcap).square_().neg_().add_(1.0)

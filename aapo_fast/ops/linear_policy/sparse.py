@@ -18,8 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aapo_fast.ops.linear_policy.logits import LogitTransform
-from aapo_fast.ops.linear_policy.rows_torch import Coefficients, RowStatistics
+from aapo_fast.ops.linear_policy.statistics import Entries
 
 TILE = 64
 DENSE_SHARE = 0.01
@@ -33,14 +32,6 @@ class Sample(NamedTuple):
         row, column: (E,) int64.
         value: (E,) their probability, or eps where sampled.
     """
-
-    row: Tensor
-    column: Tensor
-    value: Tensor
-
-
-class Entries(NamedTuple):
-    """Gradient rows as (row, column, value) triples, (E,) each; a pair may occur twice, and counts as the sum."""
 
     row: Tensor
     column: Tensor
@@ -97,41 +88,15 @@ def sample_rows(padded_exps: Tensor, total: Tensor, threshold: float, uniforms: 
     return Sample(row[which], tile[which] * TILE + place, value)
 
 
-def gradient_entries(
-    sample: Sample, rows: RowStatistics, targets: Tensor, wanted: Coefficients, transform: LogitTransform
-) -> Entries:
-    """Gradient rows with the sample in place of the probabilities: ``rows_torch.dense_gradient``, entry by entry."""
-    scale = 1.0 / transform.temperature
-    row, column = sample.row, sample.column
-    factor = -wanted.logps[row]
-    if wanted.entropy is not None:
-        offset = rows.entropy - rows.total.squeeze(1).log()
-        factor = factor - wanted.entropy[row] * (rows.shifted[row, column] + offset[row])
-    value = sample.value * factor * scale
-    every = torch.arange(targets.numel(), device=targets.device)
-    at_target = wanted.logps * scale
-    if transform.softcap is not None:
-        value = value * _slope_at(rows, row, column, transform)
-        at_target = at_target * _slope_at(rows, every, targets, transform)
-    return Entries(torch.cat([row, every]), torch.cat([column, targets]), torch.cat([value, at_target]))
+def add_times_weight(entries: Entries, weight: Tensor, out: Tensor) -> None:
+    """``out += S @ weight``, (C, H)."""
+    out.addmm_(_csr(entries.row, entries.column, entries.value, (out.shape[0], weight.shape[0])), weight)
 
 
-def _slope_at(rows: RowStatistics, row: Tensor, column: Tensor, transform: LogitTransform) -> Tensor:
-    slope = transform.slope(rows.shifted[row, column], rows.row_max.squeeze(1)[row])
-    assert slope is not None
-    return slope
-
-
-def times_weight(entries: Entries, num_rows: int, weight: Tensor) -> Tensor:
-    """(num_rows, H): the sparse rows times the (V, H) head weight."""
-    matrix = _csr(entries.row, entries.column, entries.value, (num_rows, weight.shape[0]))
-    return matrix @ weight
-
-
-def add_transposed_times(entries: Entries, hidden: Tensor, out: Tensor) -> Tensor:
+def add_transposed_times(entries: Entries, hidden: Tensor, out: Tensor) -> None:
     """``out += S.T @ hidden``, (V, H). The order of the sums is fixed, so the result is the same at every run."""
     matrix = _csr(entries.column, entries.row, entries.value, (out.shape[0], hidden.shape[0]))
-    return out.addmm_(matrix, hidden)
+    out.addmm_(matrix, hidden)
 
 
 def _csr(row: Tensor, column: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:

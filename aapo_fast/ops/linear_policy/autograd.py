@@ -1,0 +1,194 @@
+"""The pass on the autograd tape: which rows are visited, in which dtype, and how gradients are handed out.
+
+Letters: N rows of the call, M rows visited, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from aapo_fast.objectives import Objective
+from aapo_fast.ops.linear_policy import chunked
+from aapo_fast.ops.linear_policy.chunked import Call, Gradients, Pass
+
+IGNORE_INDEX = -100
+"""A target with this value has no loss and no log-probability, as in ``torch.nn.functional.cross_entropy``."""
+
+
+def policy_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, objective: Objective, call: Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss with gradient; (N,) log-probabilities and entropies without, NaN in rows not visited."""
+    wanted = grads_wanted(hidden, weight, bias)
+    return _PolicyLoss.apply(hidden, weight, bias, targets, objective, call, wanted)
+
+
+def run_policy_loss(
+    operands: tuple[Tensor, Tensor, Tensor | None],
+    targets: Tensor,
+    objective: Objective,
+    call: Call,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Gradients, Tensor | None]:
+    """Loss, (N,) log-probabilities, (N,) entropies, gradients of the visited rows, and which rows these are."""
+    with _as_written(targets):
+        work, rows = _pass(operands, targets, objective, call, wanted)
+        loss, logps, entropy = chunked.policy_loss(work, objective)
+        gradients = work.end()
+    logps, entropy = (scattered(values, rows, targets.numel(), math.nan) for values in (logps, entropy))
+    return loss, logps, entropy, gradients, rows
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        objective: Objective,
+        call: Call,
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        operands = (hidden, weight, bias)
+        loss, logps, entropy, gradients, rows = run_policy_loss(operands, targets, objective, call, wanted)
+        ctx.save_for_backward(*gradients, rows)
+        ctx.dtypes = [None if t is None else t.dtype for t in operands]
+        ctx.num_rows = hidden.shape[0]
+        ctx.mark_non_differentiable(logps, entropy)
+        return loss, logps, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+        *gradients, rows = ctx.saved_tensors
+        # Rounded here and only once: before the upstream scale (1/3 of an accumulation, 65536 of a loss scaler) an fp16
+        # gradient divided by many tokens would already have vanished.
+        d_hidden, d_weight, d_bias = (scaled(g, d_loss, t) for g, t in zip(gradients, ctx.dtypes, strict=True))
+        d_hidden = None if d_hidden is None else scattered(d_hidden, rows, ctx.num_rows, 0.0)
+        return d_hidden, d_weight, d_bias, None, None, None, None
+
+
+def logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, call: Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(N,) log-probabilities of the targets, entropies and log-sum-exps, all differentiable; zero without a target."""
+    return _LogProbs.apply(hidden, weight, bias, targets, call)
+
+
+def run_statistics(
+    operands: tuple[Tensor, Tensor, Tensor | None], targets: Tensor, call: Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward of ``logprobs``."""
+    with _as_written(targets):
+        work, rows = _pass(operands, targets, None, call, (False, False, False))
+        found = chunked.statistics(work)
+    logps, entropy, logsumexp = (scattered(values, rows, targets.numel(), 0.0) for values in found)
+    return logps, entropy, logsumexp
+
+
+def run_gradients(
+    operands: tuple[Tensor, Tensor, Tensor | None],
+    targets: Tensor,
+    call: Call,
+    wanted: Sequence[bool],
+    upstream: Sequence[Tensor | None],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The backward of ``logprobs``, each gradient in the dtype and shape of its operand."""
+    with _as_written(targets):
+        work, rows = _pass(operands, targets, None, call, wanted)
+        found = chunked.gradients(work, [d if d is None or rows is None else d.index_select(0, rows) for d in upstream])
+    pairs = zip(found, operands, strict=True)
+    d_hidden, d_weight, d_bias = (None if g is None or t is None else g.to(t.dtype) for g, t in pairs)
+    return None if d_hidden is None else scattered(d_hidden, rows, targets.numel(), 0.0), d_weight, d_bias
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, call: Call
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return run_statistics((hidden, weight, bias), targets, call)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        found = run_gradients((hidden, weight, bias), targets, ctx.call, ctx.needs_input_grad[:3], upstream)
+        return *found, None, None
+
+
+def _as_written(tensor: Tensor) -> torch.autocast:
+    """Autocast off: the pass chooses its own dtypes."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _pass(
+    operands: tuple[Tensor, Tensor, Tensor | None],
+    targets: Tensor,
+    objective: Objective | None,
+    call: Call,
+    wanted: Sequence[bool],
+) -> tuple[Pass, Tensor | None]:
+    """A run over the rows to visit, and which these are."""
+    # Operands as autocast has them, and only they: gradients are those of the originals, in their dtype.
+    hidden, weight, bias = operands
+    if call.autocast is not None:
+        hidden, weight = hidden.to(call.autocast), weight.to(call.autocast)
+    rows = rows_to_visit(targets, objective, call)
+    numbers = torch.arange(targets.numel(), device=targets.device) if rows is None else rows
+    if rows is not None:
+        hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
+    return Pass(hidden, weight, bias, targets, numbers, call, wanted), rows
+
+
+def rows_to_visit(targets: Tensor, objective: Objective | None, call: Call) -> Tensor | None:
+    """(M,) int64 indices of the rows that have a target and, where the objective says so, a weight; None is all."""
+    active = getattr(objective, "active", None)
+    mask = active() if active is not None else None
+    if mask is not None and mask.shape != targets.shape:
+        raise ValueError(
+            f"objective covers {tuple(mask.shape)} rows but targets has {tuple(targets.shape)}; "
+            "build it with one entry a row"
+        )
+    # Finding rows waits for a GPU. Where nothing is to be dropped for its weight, none is: rows without a target are
+    # masked instead.
+    if not call.drop_rows and targets.is_cuda:
+        return None
+    keep = targets != IGNORE_INDEX
+    if mask is not None and call.drop_rows:
+        keep = keep & mask
+    rows = keep.nonzero().squeeze(1)
+    return None if rows.numel() == targets.numel() else rows
+
+
+def scattered(values: Tensor, rows: Tensor | None, num_rows: int, fill: float) -> Tensor:
+    """(N, ...) with ``values`` in the visited rows and ``fill`` in the others."""
+    if rows is None:
+        return values
+    return values.new_full((num_rows, *values.shape[1:]), fill).index_copy_(0, rows, values)
+
+
+def scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """``gradient * scale`` in ``dtype``, with no buffer beyond the result."""
+    if gradient is None:
+        return None
+    # The usual scale is one; looking costs nothing on the CPU, and would stall a GPU.
+    if gradient.dtype == dtype and scale.device.type == "cpu" and scale.item() == 1.0:
+        return gradient
+    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+
+
+def grads_wanted(*operands: Tensor | None) -> list[bool]:
+    """Which operands need a gradient; within an autograd function's forward this can no longer be seen."""
+    return [t is not None and t.requires_grad and torch.is_grad_enabled() for t in operands]

@@ -1,0 +1,118 @@
+"""What a caller may give, and what is said where it does not fit: one line with names and numbers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from aapo_fast.ops.linear_policy.autograd import IGNORE_INDEX
+from aapo_fast.ops.linear_policy.sharded import VocabularyShard
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    """Shapes, dtypes and devices. Raises ValueError."""
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)}, weight has {tuple(weight.shape)}; they must be (N, H) and (V, H)"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError("weight has shape (0, H); a head needs at least one vocabulary entry")
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)} and dtype {targets.dtype}; "
+            f"give ({hidden.shape[0]},) int64, one token a row of hidden"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; give ({weight.shape[0]},), one entry a vocabulary entry")
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} has dtype {tensor.dtype}; give fp64, fp32, bf16 or fp16")
+    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}, hidden is on {hidden.device}; move them together")
+
+
+def check_temperature(temperature: float | Tensor, hidden: Tensor) -> None:
+    """A positive number, or one a row. Raises ValueError."""
+    if not isinstance(temperature, Tensor):
+        if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
+            raise ValueError(f"temperature={temperature!r}; it divides the logits and must be positive and finite")
+        return
+    if temperature.shape != hidden.shape[:1] or temperature.device != hidden.device:
+        raise ValueError(
+            f"temperature has shape {tuple(temperature.shape)} on {temperature.device}; give a number, or one a row: "
+            f"({hidden.shape[0]},) on {hidden.device}"
+        )
+    if temperature.requires_grad:
+        raise ValueError("temperature requires a gradient, and gets none here; detach it")
+    if temperature.is_cuda:
+        torch._assert_async(
+            ((temperature > 0) & temperature.isfinite()).all(), "temperature must be positive and finite"
+        )
+    elif not torch.compiler.is_compiling():
+        bad = ~((temperature > 0) & temperature.isfinite())
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(f"temperature[{row}] is {temperature[row].item()}; it must be positive and finite")
+
+
+def check_numbers(
+    softcap: float | None, logit_scale: float, backward: str, sparsity_threshold: float, seed: int, implementation: str
+) -> None:
+    """Everything that is not a tensor. Raises ValueError."""
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap!r}; it must be positive and finite, or None")
+    if not 0 < logit_scale < math.inf:
+        raise ValueError(f"logit_scale={logit_scale!r}; it must be positive and finite")
+    if backward not in ("exact", "sparse"):
+        raise ValueError(f"backward={backward!r} is unknown; use 'exact' or 'sparse'")
+    if backward == "sparse" and implementation == "reference":
+        raise ValueError(
+            "backward='sparse' is not for implementation='reference', which is the exact truth; use 'torch'"
+        )
+    if not 0 < sparsity_threshold <= 1:
+        raise ValueError(f"sparsity_threshold={sparsity_threshold!r} must lie in (0, 1]")
+    if not isinstance(seed, int):
+        raise ValueError(f"seed={seed!r} must be an int")
+
+
+def live_rows(vocab_size: int | None, num_rows: int, shard: VocabularyShard | None, implementation: str) -> int:
+    """How many of the weight's rows are tokens. Raises ValueError if none is, or if the weight is too short."""
+    if shard is not None:
+        if vocab_size is not None:
+            raise ValueError(f"vocab_size={vocab_size} beside vocabulary_shard; give it as the shard's vocab_size")
+        if implementation == "reference":
+            raise ValueError("vocabulary_shard is not for implementation='reference'; use 'auto' or 'torch'")
+        live = min(num_rows, shard.vocab_size - shard.start)
+        if live <= 0:
+            raise ValueError(
+                f"vocabulary_shard starts at {shard.start}, beyond the {shard.vocab_size} tokens of the vocabulary: "
+                "this rank holds padding only; spread the vocabulary more evenly"
+            )
+        return live
+    if vocab_size is None:
+        return num_rows
+    if not (isinstance(vocab_size, int) and 0 < vocab_size <= num_rows):
+        raise ValueError(f"vocab_size={vocab_size!r}; weight has {num_rows} rows, give as many or fewer")
+    return vocab_size
+
+
+def check_targets(targets: Tensor, vocab_size: int) -> None:
+    """Every target a token or ``IGNORE_INDEX``. Raises ValueError on the CPU.
+
+    On a GPU a look would make the host wait, so the device asserts, as PyTorch's own losses do; no kernel reads out of
+    bounds either way.
+    """
+    bad = ((targets < 0) | (targets >= vocab_size)) & (targets != IGNORE_INDEX)
+    if targets.is_cuda:
+        torch._assert_async(~bad.any(), f"targets outside [0, {vocab_size}) that are not {IGNORE_INDEX}")
+    elif bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"targets[{row}] is {int(targets[row])}, outside [0, {vocab_size}); "
+            f"mark rows without a target with {IGNORE_INDEX}"
+        )

@@ -1,0 +1,154 @@
+"""What the row kernels have in common: how logits follow from raw products, and what is said of a row.
+
+A row kernel sweeps a chunk of raw head products twice. Sweep 1 gives ``Partials``, which merge over the shards of a
+vocabulary-parallel head and finish as ``RowStatistics``; the objective turns those into ``Coefficients``; sweep 2
+turns coefficients into gradient rows. Each implementation is a ``RowKernels``.
+
+Letters: C rows of a chunk or block, V vocabulary (of this shard).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Transform:
+    """Raw products x to logits: ``z = softcap tanh(scale x / softcap) / temperature``, or ``scale x / temperature``.
+
+    Attributes:
+        temperature: one for all rows, or (C,) one a row, in the compute dtype.
+        softcap: None for none.
+        scale: the model's own factor on its logits.
+    """
+
+    temperature: float | Tensor = 1.0
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def of(self, rows: slice | Tensor) -> Transform:
+        """The transform of some of the rows."""
+        return replace(self, temperature=self.temperature[rows]) if isinstance(self.temperature, Tensor) else self
+
+    def column(self) -> float | Tensor:
+        """The temperature, to be broadcast against (C, V)."""
+        return self.temperature[:, None] if isinstance(self.temperature, Tensor) else self.temperature
+
+
+class Partials(NamedTuple):
+    """Sweep 1 over the columns of one shard, (C,) each, fp32 (fp64 for fp64 inputs).
+
+    Attributes:
+        row_max: max_v z_v.
+        total: sum_v exp(z_v - row_max).
+        weighted: sum_v exp(z_v - row_max) (z_v - row_max).
+        target: the target's logit; -inf where this shard does not hold it.
+    """
+
+    row_max: Tensor
+    total: Tensor
+    weighted: Tensor
+    target: Tensor
+
+
+class RowStatistics(NamedTuple):
+    """Of whole rows, all shards, (C,) each.
+
+    Attributes:
+        logps, entropy, logsumexp: log-probability of the target, entropy in nats, log-sum-exp of the logits.
+        row_max, total: as in ``Partials``. Sweep 2 takes p_v = exp(z_v - row_max) / total from them: from the
+            log-sum-exp it would inherit that number's rounding, which at logits of 1000 is 3e-5.
+    """
+
+    logps: Tensor
+    entropy: Tensor
+    logsumexp: Tensor
+    row_max: Tensor
+    total: Tensor
+
+
+class Coefficients(NamedTuple):
+    """What the objective wants of each row: d loss / d each statistic, (C,); None where it uses none."""
+
+    logps: Tensor
+    entropy: Tensor | None = None
+    logsumexp: Tensor | None = None
+
+    def of(self, rows: slice) -> Coefficients:
+        """Those of some of the rows."""
+        others = (None if d is None else d[rows] for d in self[1:])
+        return Coefficients(self.logps[rows], *others)
+
+
+class Entries(NamedTuple):
+    """Sparse gradient rows as (row, column, value) triples, (E,) each, row by row; equal pairs count as their sum."""
+
+    row: Tensor
+    column: Tensor
+    value: Tensor
+
+
+class RowKernels(Protocol):
+    """One implementation of the sweeps, for one run over the rows; it may keep buffers between them."""
+
+    block_rows: int
+
+    def statistics(self, products: Tensor, targets: Tensor, transform: Transform) -> Partials:
+        """Sweep 1 over (C, V) raw products, which it may overwrite. A target of -1 is in no column of this shard."""
+
+    def gradient(self, products: Tensor, targets: Tensor, rows: RowStatistics, wanted: Coefficients,
+                 transform: Transform, out: Tensor) -> None:  # fmt: skip
+        """Sweep 2 over the block that ``statistics`` saw last: (C, V) d loss / d products into ``out``.
+
+        ``out`` is ``products`` itself, or a buffer in a narrower dtype.
+        """
+
+    def sparse_gradient(self, products: Tensor, targets: Tensor, rows: RowStatistics, wanted: Coefficients,
+                        transform: Transform, threshold: float, uniforms: Tensor) -> Entries | None:  # fmt: skip
+        """The same, sparsely (section "Sparse" of README.md); None where dense rows are cheaper."""
+
+    def add_times_weight(self, entries: Entries, weight: Tensor, out: Tensor) -> None:
+        """``out += S @ weight``: (C, V) entries and (V, H) to (C, H)."""
+
+    def add_transposed_times(self, entries: Entries, hidden: Tensor, out: Tensor) -> None:
+        """``out += S.T @ hidden``: (C, V) entries and (C, H) to (V, H), the same bits at every run."""
+
+
+@runtime_checkable
+class OneLaunch(Protocol):
+    """Row kernels that do both sweeps at once where the coefficients are known before the statistics."""
+
+    def both_sweeps(self, products: Tensor, targets: Tensor, weights: Tensor, index: Tensor, transform: Transform,
+                    out: Tensor) -> Partials:  # fmt: skip
+        """Sweeps 1 and 2 with ``weights[index]`` as d loss / d logp; rows with target -1 give zeros."""
+
+
+def merge(shards: Sequence[Partials]) -> Partials:
+    """Partials of whole rows from those of the shards of the vocabulary, in their order."""
+    row_max, total, weighted, target = (torch.stack(parts) for parts in zip(*shards, strict=True))
+    highest = row_max.amax(0)
+    gap = row_max - highest
+    factor = gap.exp()
+    # A shard far below the maximum has factor 0, and 0 * -1e30 must stay 0.
+    lowered = weighted + torch.where(factor == 0, 0.0, gap) * total
+    return Partials(highest, (factor * total).sum(0), (factor * lowered).sum(0), target.amax(0))
+
+
+def finish(partials: Partials) -> RowStatistics:
+    """Log-probability, entropy and log-sum-exp from the sums of sweep 1; no large numbers cancel in them."""
+    row_max, total, weighted, target = partials
+    log_total = total.log()
+    # H = log-sum-exp - E[z], both less the row's maximum.
+    return RowStatistics(
+        target - row_max - log_total, log_total - weighted / total, row_max + log_total, row_max, total
+    )
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 if any operand is fp64, else fp32: the dtype of statistics and of accumulated gradients."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32

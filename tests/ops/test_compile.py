@@ -1,0 +1,107 @@
+"""Under ``torch.compile``: no graph break, the same bits, no recompilation from step to step, proper operators."""
+
+import pytest
+import torch
+from op_support import objectives, problem, relative, variant_problem
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import aapo_fast as af
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code():
+    torch._dynamo.reset()
+
+
+def gradients(function, inputs, *arguments):
+    leaves = [t.detach().clone().requires_grad_() for t in inputs[:2]]
+    bias = None if inputs[3] is None else inputs[3].detach().clone().requires_grad_()
+    loss, *rest = function(*leaves, inputs[2], bias, *arguments)
+    loss.backward()
+    return [loss.detach(), *rest, *(t.grad for t in [*leaves, bias] if t is not None)]
+
+
+@pytest.mark.parametrize("name", list(objectives(4)))
+@pytest.mark.parametrize("variant", ["plain", "everything"])
+def test_any_objective_in_one_graph(name, variant):
+    inputs, options = variant_problem(variant, 30, 8, 101)
+    objective = objectives(30)[name]
+
+    def step(hidden, weight, targets, bias):
+        out = af.linear_policy_loss(hidden * 1.5, weight, targets, objective, bias=bias, **options)
+        return 2 * out.loss, out.logps, out.entropy
+
+    eager = gradients(step, inputs)
+    compiled = gradients(torch.compile(step, backend="aot_eager", fullgraph=True), inputs)
+    for ours, truth in zip(compiled, eager, strict=True):
+        assert torch.equal(ours.isnan(), truth.isnan())
+        assert relative(ours.nan_to_num(), truth.nan_to_num()) < 1e-12 or truth.norm() == 0 == ours.norm()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_token_counts_and_seeds_that_change_do_not_recompile(backend):
+    """Inductor lowers everything but our operators to C++: this is the backend that people use."""
+    inputs = problem(20, 8, 101, dtype=torch.float32)
+    advantages, index = torch.tensor([1.0, 0.0, -2.0]), torch.arange(20) % 3
+
+    def step(hidden, weight, targets, bias, num_tokens, seed):
+        objective = af.AAPO(advantages, index, num_tokens)
+        options = {"backward": "sparse", "sparsity_threshold": 2**-6, "seed": seed}
+        return (af.linear_policy_loss(hidden * 1.5, weight, targets, objective, **options).loss,)
+
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    for num_tokens, seed in ((20, 0), (21, 1), (25, 7), (900, 123456789)):
+        ours, truth = (gradients(f, inputs, num_tokens, seed) for f in (compiled, step))
+        assert all(relative(a, b) < 1e-6 for a, b in zip(ours, truth, strict=True))
+    assert counter.frame_count <= 2  # once with the numbers as constants, once for all others
+
+
+def test_logprobs_in_one_graph():
+    inputs, options = variant_problem("everything", 30, 8, 101)
+    inputs[2][4] = -100
+
+    def step(hidden, weight, targets, bias):
+        res = af.linear_logprobs(hidden, weight, targets, bias=bias, **options)
+        return (res.logps.exp() * res.entropy + res.logsumexp).sum(), res.logps.detach()
+
+    eager = gradients(step, inputs)
+    compiled = gradients(torch.compile(step, backend="aot_eager", fullgraph=True), inputs)
+    assert all(relative(a, b) < 1e-12 for a, b in zip(compiled, eager, strict=True))
+
+
+def test_frozen_weight_in_a_graph():
+    hidden, weight, targets, _ = problem(12, 8, 31)
+    frozen = weight.detach()
+    step = torch.compile(
+        lambda h: af.linear_policy_loss(h, frozen, targets, af.SFT(12.0)).loss, backend="aot_eager", fullgraph=True
+    )
+    step(hidden).backward()
+    truth = hidden.grad.clone()
+    hidden.grad = None
+    af.linear_policy_loss(hidden, frozen, targets, af.SFT(12.0)).loss.backward()
+    assert relative(truth, hidden.grad) < 1e-14
+
+
+def test_operators_are_proper_ones():
+    """PyTorch's own check: schema, fake implementation, autograd registration."""
+    hidden, weight, targets, bias = problem(9, 8, 31, bias=True)
+    options = (
+        '{"temperature": 0.7, "softcap": null, "scale": 1.0, "vocab_size": 31, "threshold": null, '
+        '"implementation": "torch", "drop_rows": false, "autocast": null}'
+    )
+    call = (hidden, weight, bias, targets, None, options, 0)
+    sft = '{"class": "aapo_fast.objectives:SFT", "fields": {"num_tokens": {"number": 0}, "weights": null}}'
+    tensors = [torch.tensor(9.0, dtype=torch.float64)]
+    torch.library.opcheck(torch.ops.aapo_fast.policy_loss.default, (*call, sft, tensors, [True, True, True]))
+    torch.library.opcheck(torch.ops.aapo_fast.logprobs.default, call)
+
+
+def test_bad_targets_are_not_silent_in_a_graph():
+    hidden, weight, targets, _ = problem(9, 8, 31)
+    targets[3] = 31
+    step = torch.compile(
+        lambda: af.linear_policy_loss(hidden, weight, targets, af.SFT(9.0)).loss, backend="aot_eager", fullgraph=True
+    )
+    with pytest.raises(ValueError, match=r"targets\[3\] is 31, outside \[0, 31\)"):
+        step()

@@ -1,0 +1,143 @@
+"""A head in pieces, on two real processes over gloo: vocabulary-parallel, and under FSDP2."""
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from op_support import objectives, problem, relative, run, sequences, variant_problem
+from torch import distributed as dist
+from torch import multiprocessing as mp
+from torch import nn
+
+import aapo_fast as af
+from aapo_fast.ops.linear_policy.statistics import Partials, finish, merge
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+
+CUT = 37
+"""The first rank's part of the vocabulary; parts are unequal."""
+
+
+def on_two_processes(check):
+    """Run ``check(rank)`` in two processes of one gloo group; an assertion in either fails the test."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_process, args=(check, f"file://{Path(folder) / 'store'}"), nprocs=2)
+
+
+def _process(rank, check, store):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    try:
+        check(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def _part(tensor, rank):
+    return tensor.detach()[:CUT].clone() if rank == 0 else tensor.detach()[CUT:].clone()
+
+
+def _vocabulary_parallel(rank, backward):
+    for name in ("aapo", "user's, of all three"):
+        inputs, options = variant_problem("everything", 23, 8, 101)
+        options.pop("vocab_size")
+        objective = objectives(23)[name]
+        truth, (dx, dw, db) = run("torch", inputs, objective, **options)
+        weight, bias = (_part(t, rank).requires_grad_() for t in (inputs[1], inputs[3]))
+        options["vocabulary_shard"] = af.VocabularyShard.from_local(len(weight), dist.group.WORLD)
+        options |= {"backward": backward, "sparsity_threshold": 2**-40}  # keeps every entry: exact, on the sparse road
+        ours, (pdx, pdw, pdb) = run("torch", (inputs[0], weight, inputs[2], bias), objective, **options)
+        for a, b in ((ours.loss, truth.loss), (pdx, dx), (pdw, _part(dw, rank)), (pdb, _part(db, rank))):
+            assert relative(a, b) < 1e-12
+        assert relative(ours.entropy.nan_to_num(), truth.entropy.nan_to_num()) < 1e-12
+        res = af.linear_logprobs(inputs[0], weight, inputs[2], bias=bias, **options)
+        live = ~truth.logps.isnan()
+        assert relative(res.logps[live], truth.logps[live]) < 1e-12
+
+
+@pytest.mark.parametrize("backward", ["exact", "sparse"])
+def test_vocabulary_parallel_equals_one_process(backward):
+    on_two_processes(functools.partial(_vocabulary_parallel, backward=backward))
+
+
+def _padded_last_shard(rank):
+    hidden, weight, targets, _ = problem(20, 8, 70)
+    _, (dx, dw) = run("torch", (hidden, weight, targets, None), af.SFT(20.0))
+    mine = _part(weight, rank)
+    if rank == 1:
+        mine = torch.cat([mine, torch.ones(4, 8)])
+    shard = af.VocabularyShard(dist.group.WORLD, start=0 if rank == 0 else CUT, vocab_size=70)
+    _, (pdx, pdw) = run("torch", (hidden, mine.requires_grad_(), targets, None), af.SFT(20.0), vocabulary_shard=shard)
+    assert relative(pdx, dx) < 1e-12 and relative(pdw[: len(_part(dw, rank))], _part(dw, rank)) < 1e-12
+    assert rank == 0 or pdw[-4:].norm() == 0
+    lost = af.VocabularyShard(dist.group.WORLD, start=70, vocab_size=70)
+    with pytest.raises(ValueError, match="this rank holds padding only"):
+        af.linear_policy_loss(hidden, mine, targets, af.SFT(20.0), vocabulary_shard=lost)
+
+
+def test_padding_in_the_last_shard():
+    on_two_processes(_padded_last_shard)
+
+
+class _Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(8, 8).double(), nn.Linear(8, 101, bias=False).double()
+
+    def forward(self, x, targets, objective):
+        return af.linear_policy_loss(torch.tanh(self.body(x)), self.head.weight, targets, objective).loss
+
+
+def _under_fsdp(rank, inside):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    x = torch.randn(24, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    _, _, targets, _ = problem(24, 8, 101)
+    advantages, index = sequences(24)
+    single = _Model()
+    single(x, targets, af.AAPO(advantages, index, 24.0)).backward()
+
+    mine = slice(0, 10) if rank == 0 else slice(10, 24)  # unequal: only a global denominator gives the right gradient
+    objective = af.AAPO(advantages, index[mine], 24.0)
+    model = _Model()
+    mesh = init_device_mesh("cpu", (2,))
+    if inside:  # the head's weight is unsharded while the model runs; FSDP averages gradients over ranks
+        fully_shard(model, mesh=mesh)
+        (2 * model(x[mine], targets[mine], objective)).backward()
+    else:  # the loss is called from outside, on the sharded parameter
+        fully_shard(model.body, mesh=mesh)
+        fully_shard(model.head, mesh=mesh)
+        hidden = torch.tanh(model.body(x[mine]))
+        af.linear_policy_loss(hidden, model.head.weight, targets[mine], objective).loss.backward()
+    assert relative(model.head.weight.grad.full_tensor(), single.head.weight.grad) < 1e-12
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["called inside the model", "called on a DTensor"])
+def test_head_under_fsdp2(inside):
+    on_two_processes(functools.partial(_under_fsdp, inside=inside))
+
+
+def test_merging_shards_of_very_different_size():
+    """A shard 300 below the maximum, and one ruled out by a bias of -1e30, add nothing and spoil nothing."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(5, 90, generator=g, dtype=torch.float64) * 3
+    z[1, :30] -= 300
+    z[2, 30:60] = -1e30
+    z[3] += 1000
+
+    def partials(part):
+        row_max = part.amax(1)
+        exps = (part - row_max[:, None]).exp()
+        target = part[:, 0] if part.shape[1] == 30 and part.data_ptr() == z.data_ptr() else torch.full((5,), -torch.inf)
+        return Partials(row_max, exps.sum(1), (exps * (part - row_max[:, None])).sum(1), target)
+
+    whole = finish(partials(z)._replace(target=z[:, 0]))
+    merged = finish(merge([partials(z[:, :30]), partials(z[:, 30:60]), partials(z[:, 60:])]))
+    for ours, truth in zip(merged, whole, strict=True):
+        assert relative(ours, truth) < 1e-13
