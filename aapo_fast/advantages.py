@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aapo_fast.ops import dispatch
+from aapo_fast.ops.group_advantages import LARGEST_GROUP, group_advantages
+
 STD_EPSILON = 1e-4
 
 
@@ -53,6 +56,10 @@ def aapo_advantages(
     if not delta_low <= delta_high:
         raise ValueError(f"delta_low={delta_low} is not below delta_high={delta_high}")
     _refuse_infinite("rewards", rewards)
+    if reference_rewards is not None:
+        _refuse_infinite("reference_rewards", reference_rewards)
+    if _in_one_kernel(rewards.device, group_size):
+        return group_advantages(rewards, reference_rewards, group_size, delta_low, delta_high, scale_rewards)
 
     grouped = rewards.float().view(-1, group_size)
     present = ~grouped.isnan()
@@ -65,11 +72,14 @@ def aapo_advantages(
         std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
         advantages = centred / (std + STD_EPSILON)
     if reference_rewards is not None:
-        _refuse_infinite("reference_rewards", reference_rewards)
         gap = grouped - reference_rewards.float().view(-1, group_size)
         # NaN survives clamp and becomes "no momentum" here.
         advantages = advantages + gap.clamp(delta_low, delta_high).nan_to_num(nan=0.0)
     return advantages.reshape(-1)
+
+
+def _in_one_kernel(device: torch.device, group_size: int) -> bool:
+    return device.type == "cuda" and dispatch.resolve("auto", device) == "triton" and group_size <= LARGEST_GROUP
 
 
 def _first_present(grouped: Tensor, present: Tensor) -> Tensor:

@@ -213,6 +213,12 @@ class SFT:
         """(N,) bool: rows whose weight is not zero; None when all rows count."""
         return None if self.weights is None else self.weights != 0
 
+    def linear(self) -> LinearWeights | None:
+        if self.weights is None:
+            return None
+        every = torch.arange(self.weights.numel(), device=self.weights.device)
+        return LinearWeights(-self.weights / self.num_tokens, every)
+
     def __call__(self, tokens: Tokens) -> Tensor:
         weight = 1.0 if self.weights is None else self.weights[tokens.rows]
         return -(weight / self.num_tokens) * tokens.logps

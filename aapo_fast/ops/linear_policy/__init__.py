@@ -183,10 +183,11 @@ def _call(
 ) -> Call:
     """The arguments that are not operands, checked."""
     checks.check_temperature(temperature, hidden)
-    chosen = dispatch.resolve(implementation, hidden.device)
+    dtype = compute_dtype(hidden, weight, bias)
+    chosen = dispatch.resolve(implementation, hidden.device, dtype)
     checks.check_numbers(softcap, logit_scale, backward, sparsity_threshold, seed, chosen)
     if isinstance(temperature, Tensor):
-        temperature = temperature.to(compute_dtype(hidden, weight, bias))
+        temperature = temperature.to(dtype)
     device = hidden.device.type
     casts = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
     return Call(

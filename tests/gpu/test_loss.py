@@ -1,0 +1,186 @@
+"""The fused loss on a GPU: accuracy, size, memory, determinism, and a host that never waits.
+
+Run alone by benchmarks/gpu_suite.sh; needs torch with CUDA, triton and pytest, nothing else.
+"""
+
+import shutil
+import subprocess
+import sys
+
+import accuracy
+import pytest
+import torch
+from op_support import relative
+
+import aapo_fast as af
+from aapo_fast.ops.linear_policy import sparse
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+IMPLEMENTATIONS = ("torch", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def gradients(data, **options):
+    found = accuracy.results(data, options.pop("implementation", "triton"), **options)
+    return found["dX"], found["dW"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", accuracy.KINDS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_at_the_rounding_floor(implementation, kind, dtype):
+    data = accuracy.make(kind, 700, 256, 32_003, dtype, "cuda")
+    found, true = accuracy.results(data, implementation), accuracy.truth(data)
+    assert not accuracy.complaints(data, found, true, dense_bf16=dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize(("h", "v"), [(896, 151_936), (4096, 128_256), (2304, 256_000)], ids=str)
+def test_real_heads_in_several_chunks(h, v):
+    data = accuracy.make("model-like", 3000, h, v, torch.bfloat16, "cuda")
+    found, true = accuracy.results(data, "triton"), accuracy.truth(data)
+    assert not accuracy.complaints(data, found, true, dense_bf16=True)
+
+
+@pytest.mark.parametrize("backward", ["exact", "sparse"])
+def test_the_same_bits_every_time(backward):
+    data = accuracy.make("model-like", 3000, 512, 151_936, torch.bfloat16, "cuda")
+    once, again = (gradients(data, backward=backward, seed=7) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def test_sparse_rows_are_unbiased_and_no_worse_than_dense_bf16(monkeypatch):
+    """fp32 operands, so that the sample is the only error; dense rows in bf16 are the yardstick."""
+    monkeypatch.setattr(sparse, "DENSE_SHARE", 10.0)
+    data = accuracy.make("model-like", 400, 128, 49_152, torch.float32, "cuda")
+    true = accuracy.truth(data)
+    a = -data.objective().advantages[data.sequence_index].double() / len(data.targets) / data.temperature
+    p = (data.hidden.double() @ data.weight.double().t() / data.temperature).softmax(1)
+    rows = -p * a[:, None]
+    rows[torch.arange(len(a)), data.targets] += a
+    rows = rows.bfloat16().double()
+    dense = (rows @ data.weight.double(), rows.t() @ data.hidden.double())
+    draws = [gradients(data, backward="sparse", sparsity_threshold=2**-13, seed=s) for s in range(16)]
+    for index, name in enumerate(("dX", "dW")):
+        errors = [relative(d[index], true[name]) for d in draws]
+        mean = relative(sum(d[index].double() for d in draws) / 16, true[name])
+        assert sum(errors) / 16 <= 1.2 * relative(dense[index], true[name])
+        assert mean < 0.4 * sum(errors) / 16
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_triton_and_torch_take_the_same_sample(implementation, monkeypatch):
+    monkeypatch.setattr(sparse, "DENSE_SHARE", 10.0)
+    data = accuracy.make("model-like", 300, 64, 32_003, torch.float32, "cuda")
+    options = {"backward": "sparse", "sparsity_threshold": 2**-10, "seed": 3}
+    ours = gradients(data, implementation=implementation, **options)
+    other = gradients(data, implementation="torch", **options)
+    assert all(relative(a, b) < 5e-3 for a, b in zip(ours, other, strict=True))
+
+
+@pytest.mark.parametrize("backward", ["exact", "sparse"])
+def test_more_than_two_to_the_31_logits_in_little_memory(backward):
+    """65,537 rows of 49,152: beyond a grid of 65,535 and beyond 32-bit offsets. The last rows are looked at."""
+    n, h, v = 65_537, 256, 49_152
+    data = accuracy.make("model-like", n, h, v, torch.bfloat16, "cuda")
+    hidden, weight = (t.requires_grad_() for t in (data.hidden, data.weight))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = af.linear_policy_loss(
+        hidden, weight, data.targets, data.objective(), temperature=0.8, all_logps=True, backward=backward
+    )
+    out.loss.backward()
+    extra = torch.cuda.max_memory_allocated() - before - 2 * (hidden.numel() + weight.numel())
+    assert extra < 2**30, f"{extra / 2**20:.0f} MiB beyond dX and dW"
+    rows = torch.cat([torch.arange(64), torch.arange(43_600, 43_760), torch.arange(n - 64, n)]).cuda()
+    a = -data.objective().advantages[data.sequence_index[rows]].double() / n
+    z = (hidden.detach()[rows].double() @ weight.detach().double().t()) / 0.8
+    d = -z.softmax(1) * a[:, None]
+    d[torch.arange(len(rows)), data.targets[rows]] += a
+    truth = (d / 0.8) @ weight.detach().double()
+    at_target = z.log_softmax(1).gather(1, data.targets[rows, None]).squeeze(1)
+    assert relative(out.logps[rows], at_target) < 1e-5
+    assert relative(hidden.grad[rows], truth) < (6e-3 if backward == "exact" else 3e-2)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_host_never_waits(dtype, implementation):
+    data = accuracy.make("model-like", 900, 128, 32_003, dtype, "cuda")
+    data.targets[::7] = af.ops.linear_policy.IGNORE_INDEX
+    objective = data.objective()
+    accuracy.results(data, implementation)  # compiled beforehand
+    hidden, weight = (t.requires_grad_() for t in (data.hidden, data.weight))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        af.aapo_advantages(data.rewards, data.reference_rewards, accuracy.GROUP)
+        options = {"implementation": implementation, "temperature": 0.8}
+        af.linear_policy_loss(hidden, weight, data.targets, objective, all_logps=True, **options).loss.backward()
+        res = af.linear_logprobs(hidden, weight, data.targets, **options)
+        (res.logps * res.entropy).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert hidden.grad.isfinite().all() and hidden.grad[::7].norm() == 0
+
+
+@pytest.mark.parametrize("group_size", [1, 4, 64])
+@pytest.mark.parametrize("scale_rewards", [True, False])
+def test_group_advantages_are_those_of_the_cpu(group_size, scale_rewards):
+    g = torch.Generator().manual_seed(0)
+    rewards, reference = torch.rand(2, 512, generator=g)
+    rewards[::9], reference[::11], rewards[64:128] = torch.nan, torch.nan, 0.3
+    ours = af.aapo_advantages(rewards.cuda(), reference.cuda(), group_size, scale_rewards=scale_rewards)
+    truth = af.aapo_advantages(rewards, reference, group_size, scale_rewards=scale_rewards)
+    assert torch.allclose(ours.cpu(), truth, rtol=3e-7, atol=1e-7)
+
+
+def test_torch_compile_in_one_graph():
+    data = accuracy.make("model-like", 300, 64, 32_003, torch.bfloat16, "cuda")
+    advantages = data.objective().advantages
+
+    def step(hidden, weight):
+        objective = af.AAPO(advantages, data.sequence_index, 300.0)
+        return af.linear_policy_loss(hidden * 1.5, weight, data.targets, objective).loss
+
+    found = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        hidden, weight = (t.clone().requires_grad_() for t in (data.hidden, data.weight))
+        function(hidden, weight).backward()
+        found.append((hidden.grad, weight.grad))
+    assert all(relative(a, b) < 1e-2 for a, b in zip(*found, strict=True))
+
+
+def test_a_target_out_of_range_is_an_assertion_of_the_device():
+    code = (
+        "import torch, aapo_fast as af\n"
+        "t = torch.tensor([1, 50, 2], device='cuda')\n"
+        "x, w = torch.randn(3, 8, device='cuda'), torch.randn(40, 8, device='cuda')\n"
+        "print(af.linear_policy_loss(x, w, t, af.SFT(3.0)).loss.item())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode != 0 and "targets outside [0, 40)" in done.stdout + done.stderr
+
+
+def test_compute_sanitizer_finds_nothing():
+    """Out-of-bounds and misaligned accesses of the custom kernels, both modes, ragged sizes."""
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed here")
+    code = (
+        "import torch, aapo_fast as af\n"
+        "for v in (7, 1009, 4097):\n"
+        "    x = torch.randn(37, 16, device='cuda', dtype=torch.bfloat16, requires_grad=True)\n"
+        "    w = torch.randn(v, 16, device='cuda', dtype=torch.bfloat16, requires_grad=True)\n"
+        "    t = torch.randint(v, (37,), device='cuda')\n"
+        "    for backward in ('exact', 'sparse'):\n"
+        "        o = af.linear_policy_loss(x, w, t, af.SFT(37.0), backward=backward, sparsity_threshold=2**-6)\n"
+        "        o.loss.backward()\n"
+        "torch.cuda.synchronize()\n"
+    )
+    command = [sanitizer, "--error-exitcode", "9", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

@@ -1,0 +1,171 @@
+"""Every implementation on data that has broken fused losses, from rewards to gradients, and proof that the suite sees.
+
+The mutations at the end are the point: a suite that lets a wrong gradient through is not one.
+"""
+
+import accuracy
+import pytest
+import torch
+
+from aapo_fast.ops import dispatch
+from aapo_fast.ops.linear_policy import autograd, chunked, products, rows_torch
+
+IMPLEMENTATIONS = [c.name for c in dispatch.survey(torch.device("cpu")) if c.available and c.name != "reference"]
+
+
+@pytest.fixture(autouse=True)
+def _several_chunks(monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK_ROWS", 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", accuracy.KINDS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_at_the_rounding_floor(implementation, kind, dtype):
+    data = accuracy.make(kind, 48, 32, 997, dtype)
+    assert not accuracy.complaints(data, accuracy.results(data, implementation), accuracy.truth(data))
+
+
+@pytest.mark.parametrize("vocab", [49_152, 129_280, 151_936])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_real_vocabularies(implementation, vocab):
+    data = accuracy.make("model-like", 20, 16, vocab, torch.float32)
+    assert not accuracy.complaints(data, accuracy.results(data, implementation), accuracy.truth(data))
+
+
+# --- mutations -------------------------------------------------------------------------------------------------------
+
+
+def wrap(monkeypatch, owner, name, change):
+    """Replace ``owner.name`` by ``change(real, *arguments)``."""
+    real = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *a, **k: change(real, *a, **k))
+
+
+def with_other_gradients(m, change):
+    wrap(m, autograd, "scaled", lambda real, gradient, *a: None if gradient is None else change(real(gradient, *a)))
+
+
+def no_gradient(m):
+    with_other_gradients(m, torch.zeros_like)
+
+
+def flipped_sign(m):
+    with_other_gradients(m, torch.neg)
+
+
+def one_per_cent(m):
+    with_other_gradients(m, lambda gradient: gradient * 1.01)
+
+
+def one_per_cent_of_the_weight(m):
+    wrap(m, products.Products, "add_weight_gradient", lambda real, self, d, rows, out: real(self, d * 1.01, rows, out))
+
+
+def dropped_chunk(m):
+    def end_chunk(real, self, chunk):
+        if chunk.stop == self.hidden.shape[0]:
+            self._dense_blocks = []
+        real(self, chunk)
+
+    wrap(m, chunked.Pass, "end_chunk", end_chunk)
+
+
+def chunk_counted_twice(m):
+    def add(real, self, d, rows, out):
+        for _ in range(2 if rows.start == 0 else 1):
+            real(self, d, rows, out)
+
+    wrap(m, products.Products, "add_weight_gradient", add)
+
+
+def forgotten_temperature(m):
+    wrap(m, rows_torch.TorchRows, "gradient", lambda real, self, products, targets, rows, wanted, transform, out:
+         real(self, products, targets, rows, wanted._replace(logps=wanted.logps * 0.8), transform, out))  # fmt: skip
+
+
+def target_off_by_one(m):
+    wrap(m, rows_torch.TorchRows, "gradient", lambda real, self, products, targets, *rest:
+         real(self, products, (targets + 1) % 997, *rest))  # fmt: skip
+
+
+def forgotten_target(m):
+    wrap(m, rows_torch.TorchRows, "gradient", lambda real, self, products, targets, *rest:
+         real(self, products, torch.full_like(targets, -1), *rest))  # fmt: skip
+
+
+def logits_rounded_to_bf16(m):
+    def logits(real, self, rows, out):
+        real(self, rows, out)
+        out.copy_(out.bfloat16())
+
+    wrap(m, products.Products, "logits", logits)
+
+
+def chunks_rounded_before_they_are_added(m):
+    def add(real, self, d, rows, out):
+        part = torch.zeros_like(out)
+        real(self, d, rows, part)
+        out += part.bfloat16()
+
+    wrap(m, products.Products, "add_weight_gradient", add)
+
+
+def with_other_partials(m, change):
+    wrap(m, rows_torch.TorchRows, "statistics", lambda real, *a: change(real(*a)))
+
+
+def maximum_started_at_zero(m):
+    def change(p):
+        row_max = p.row_max.clamp(min=0)
+        return p._replace(row_max=row_max, total=p.total * (p.row_max - row_max).exp())
+
+    with_other_partials(m, change)
+
+
+def one_phantom_column(m):
+    with_other_partials(m, lambda p: p._replace(total=p.total + (-p.row_max).exp()))
+
+
+def entropy_a_thousandth_off(m):
+    with_other_partials(m, lambda p: p._replace(weighted=p.weighted * 1.001))
+
+
+MUTATIONS = {
+    no_gradient: "model-like",
+    flipped_sign: "model-like",
+    one_per_cent: "peaked",
+    one_per_cent_of_the_weight: "flat",
+    dropped_chunk: "model-like",
+    chunk_counted_twice: "model-like",
+    forgotten_temperature: "model-like",
+    target_off_by_one: "flat",
+    forgotten_target: "peaked",
+    logits_rounded_to_bf16: "model-like",
+    chunks_rounded_before_they_are_added: "model-like",
+    maximum_started_at_zero: "shifted by -200",
+    one_phantom_column: "flat",
+    entropy_a_thousandth_off: "model-like",
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.__name__)
+def test_the_suite_sees_a_wrong_loss(mutation, dtype, monkeypatch):
+    if dtype == torch.bfloat16 and mutation is chunks_rounded_before_they_are_added:
+        pytest.skip("three chunks of bf16 rounding are near the one rounding of a bf16 gradient; fp32 sees it")
+    data = accuracy.make(MUTATIONS[mutation], 48, 32, 997, dtype)
+    true = accuracy.truth(data)
+    mutation(monkeypatch)
+    found = accuracy.results(data, "torch")
+    monkeypatch.undo()
+    assert accuracy.complaints(data, found, true)
+
+
+def test_the_suite_sees_a_stale_reference():
+    """Rewards of another step's reference completions: only one sequence differs."""
+    data = accuracy.make("model-like", 48, 32, 997, torch.float32)
+    stale = data.reference_rewards.clone()
+    stale[3] = 1 - stale[3]
+    found = accuracy.results(accuracy.Data(**{**vars(data), "reference_rewards": stale}), "torch")
+    assert accuracy.complaints(data, found, accuracy.truth(data))
