@@ -15,6 +15,9 @@ from op_support import relative
 import aapo_fast as af
 from aapo_fast.ops.linear_policy import sparse
 
+pytest.importorskip("triton", reason="Triton is not installed")
+from aapo_fast.ops.linear_policy import sparse_triton
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
@@ -54,7 +57,8 @@ def test_the_same_bits_every_time(backward):
 
 def test_sparse_rows_are_unbiased_and_no_worse_than_dense_bf16(monkeypatch):
     """fp32 operands, so that the sample is the only error; dense rows in bf16 are the yardstick."""
-    monkeypatch.setattr(sparse, "DENSE_SHARE", 10.0)
+    for module in (sparse, sparse_triton):
+        monkeypatch.setattr(module, "DENSE_SHARE", 10.0)
     data = accuracy.make("model-like", 400, 128, 49_152, torch.float32, "cuda")
     true = accuracy.truth(data)
     a = -data.objective().advantages[data.sequence_index].double() / len(data.targets) / data.temperature
@@ -73,7 +77,8 @@ def test_sparse_rows_are_unbiased_and_no_worse_than_dense_bf16(monkeypatch):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_triton_and_torch_take_the_same_sample(implementation, monkeypatch):
-    monkeypatch.setattr(sparse, "DENSE_SHARE", 10.0)
+    for module in (sparse, sparse_triton):
+        monkeypatch.setattr(module, "DENSE_SHARE", 10.0)
     data = accuracy.make("model-like", 300, 64, 32_003, torch.float32, "cuda")
     options = {"backward": "sparse", "sparsity_threshold": 2**-10, "seed": 3}
     ours = gradients(data, implementation=implementation, **options)

@@ -64,6 +64,24 @@ def test_vocabulary_parallel_equals_one_process(backward):
     on_two_processes(functools.partial(_vocabulary_parallel, backward=backward))
 
 
+def _peaked_rows_on_one_shard(rank):
+    """Rank 1 holds next to no probability: its sparse rows are empty, or hold their target alone."""
+    hidden, weight, targets, _ = problem(23, 8, 101)
+    bias = torch.where(torch.arange(101) < CUT, 0.0, -60.0).double()
+    mine = _part(weight, rank).requires_grad_()
+    shard = af.VocabularyShard.from_local(len(mine), dist.group.WORLD)
+    found = []
+    for backward in ("exact", "sparse"):
+        inputs = (hidden, mine, targets, _part(bias, rank))
+        options = {"backward": backward, "sparsity_threshold": 2**-6, "vocabulary_shard": shard}
+        found.append(run("torch", inputs, af.SFT(23.0), **options)[1])
+    assert all(relative(sampled, exact) < 0.1 for sampled, exact in zip(found[1][:2], found[0][:2], strict=True))
+
+
+def test_sparse_rows_that_are_empty_on_one_shard():
+    on_two_processes(_peaked_rows_on_one_shard)
+
+
 def _padded_last_shard(rank):
     hidden, weight, targets, _ = problem(20, 8, 70)
     _, (dx, dw) = run("torch", (hidden, weight, targets, None), af.SFT(20.0))

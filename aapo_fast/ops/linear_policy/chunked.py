@@ -124,7 +124,7 @@ class Pass:
             zeros(weight.shape[:1]) if wanted[2] else None,
         )
         self._dense_blocks: list[slice] = []
-        self._entries: list[Entries] = []
+        self._entries: list[tuple[slice, Entries]] = []
 
     def _allocate(self, num_rows: int, vocab: int) -> None:
         hidden, narrow = self.hidden, self.products.gradient_dtype
@@ -190,7 +190,7 @@ class Pass:
             uniforms = row_uniforms(self.call.seed, self.numbers[rows])
             entries = self.kernels.sparse_gradient(*sweep, self.call.threshold, uniforms)
             if entries is not None:
-                self._entries.append(entries._replace(row=entries.row + rows.start))
+                self._entries.append((rows, entries))
                 return
         self.kernels.gradient(*sweep, gradient)
         self._dense_blocks.append(rows)
@@ -206,24 +206,26 @@ class Pass:
             if self.gradients.bias is not None:
                 self.gradients.bias[: self.call.vocab_size] += d.sum(0, dtype=self.dtype)
         self._dense_blocks = []
-        if sum(entries.value.numel() for entries in self._entries) > FLUSH_ENTRIES:
+        if sum(entries.value.numel() for _, entries in self._entries) > FLUSH_ENTRIES:
             self._flush()
 
     def _flush(self) -> None:
         """Spend the sparse gradient rows gathered so far."""
         if not self._entries:
             return
-        entries = Entries(*(torch.cat(parts) for parts in zip(*self._entries, strict=True)))
+        rows = slice(self._entries[0][0].start, self._entries[-1][0].stop)
+        parts = [(entries.row + block.start - rows.start, *entries[1:]) for block, entries in self._entries]
+        entries = Entries(*(torch.cat(part) for part in zip(*parts, strict=True)))
         self._entries = []
-        first, last = int(entries.row[0]), int(entries.row[-1]) + 1
-        entries = entries._replace(row=entries.row - first)
+        live, hidden = self.call.vocab_size, self.hidden[rows]
         if self.gradients.hidden is not None:
-            self.kernels.add_times_weight(entries, self.products.weight, self.gradients.hidden[first:last])
+            self.kernels.add_times_weight(entries, self.products.weight, self.gradients.hidden[rows])
         if self.gradients.weight is not None:
-            out = self.gradients.weight[: self.call.vocab_size]
-            self.kernels.add_transposed_times(entries, self.hidden[first:last], out)
+            self.kernels.add_transposed_times(entries, hidden, self.gradients.weight[:live])
         if self.gradients.bias is not None:
-            self.gradients.bias.index_add_(0, entries.column, entries.value)
+            # A product with ones, and not a scatter: that would add in any order on a GPU.
+            ones = hidden.new_ones(len(hidden), 1, dtype=self.dtype)
+            self.kernels.add_transposed_times(entries, ones, self.gradients.bias[:live, None])
 
     def end(self) -> Gradients:
         """All gradients, complete."""

@@ -86,7 +86,10 @@ class Coefficients(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """Sparse gradient rows as (row, column, value) triples, (E,) each, row by row; equal pairs count as their sum."""
+    """Sparse gradient rows as (row, column, value) triples, (E,) each; equal pairs count as their sum.
+
+    The order is the implementation's own: only the kernels that made them read them.
+    """
 
     row: Tensor
     column: Tensor

@@ -1,0 +1,262 @@
+"""The dense row kernels in Triton: one program a row, fp32, any GPU that Triton knows, and its interpreter.
+
+Reading order: from products to logits; sweep 1 and sweep 2 as functions of one row; the three kernels that are made of
+them; how they are launched. ``rows_triton.py`` puts them behind the interface, ``sparse_triton.py`` has sparse rows.
+
+Letters: C rows of a block, V vocabulary (of this shard), T tiles of a row.
+"""
+# ruff: noqa: N803  (Triton writes its compile-time constants in capitals)
+# mypy: allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aapo_fast.ops.linear_policy.statistics import Coefficients, RowStatistics, Transform
+
+BLOCK = 4096
+"""Columns that a program holds at a time: 16 a thread, four 16-byte loads in flight."""
+
+NUM_WARPS = 8
+
+TILE = 256
+"""Columns of a tile, of which sweep 1 keeps the sum for sparse rows: 8 bytes for 1 KB of logits."""
+
+_LOWEST = tl.constexpr(-1e34)
+"""Stands for minus infinity where differences are taken: below any logit, and finite times any count."""
+
+
+# --- from products to logits -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def row_factors(row, temperature, scale, softcap, SOFTCAP: tl.constexpr, ROW_TEMPERATURE: tl.constexpr):
+    """``inner`` and ``outer`` of ``logits``; ``temperature`` is a number, or points to one a row."""
+    if ROW_TEMPERATURE:
+        temperature = tl.load(temperature + row)
+    if SOFTCAP:
+        inner, outer = tl.div_rn(scale, softcap), tl.div_rn(softcap, temperature)
+    else:
+        inner, outer = tl.div_rn(scale, temperature), 1.0
+    return inner, outer
+
+
+@triton.jit
+def logits(x, inner, outer, SOFTCAP: tl.constexpr):
+    """z and d z / d x of raw products x: ``z = outer tanh(inner x)``, or ``z = inner x``."""
+    if SOFTCAP:
+        y = tl.abs(x * inner)
+        e = tl.exp(-2.0 * y)
+        r = 1.0 / (1.0 + e)
+        # (1 - e) / (1 + e) loses its digits near zero; there, a polynomial fitted on [0, 0.5] to 1.5e-8.
+        y2 = y * y
+        near_zero = y + y * y2 * (-0.33333144 + y2 * (0.13325879 + y2 * (-0.0530455 + y2 * 0.01724149)))
+        size = tl.where(y < 0.5, near_zero, (1.0 - e) * r) * outer
+        z = tl.where(x * inner < 0.0, -size, size)
+        # 1 - tanh^2 without the cancellation
+        slope = (4.0 * inner * outer) * (e * r * r)
+    else:
+        z, slope = x * inner, inner
+    return z, slope
+
+
+# --- the sweeps of one row -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sweep_1(
+    products, vocab, inner, outer, tile_level, tile_mass,
+    SOFTCAP: tl.constexpr, KEEP_TILES: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(row_max, total, weighted) of the row that ``products`` points to; of its tiles what ``Tiles`` says, if kept.
+
+    A block is summed from its own maximum, by a tree. Blocks join in fp64: dozens of roundings of a total near one
+    would cost a peaked row the last digits of its log-probability.
+    """
+    tiles: tl.constexpr = BLOCK // TILE
+    tile, within = tl.arange(0, tiles), tl.arange(0, TILE)
+    row_max = tl.full([], _LOWEST, tl.float32)
+    total, weighted = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
+    for start in range(0, vocab, BLOCK):
+        column = start + tile[:, None] * TILE + within[None, :]
+        held = column < vocab
+        z, _ = logits(tl.load(products + column, mask=held, other=0.0), inner, outer, SOFTCAP)
+        z = tl.where(held, z, float("-inf"))
+        top = tl.maximum(tl.max(z), _LOWEST)
+        shifted = z - top
+        e = tl.exp(shifted)
+        masses = tl.sum(e, 1)
+        if KEEP_TILES:
+            number = start // TILE + tile
+            tl.store(tile_level + number, tl.full([tiles], 0.0, tl.float32) + top, mask=number * TILE < vocab)
+            tl.store(tile_mass + number, masses, mask=number * TILE < vocab)
+        mass = tl.sum(masses, 0)
+        pull = tl.sum(e * tl.maximum(shifted, _LOWEST))
+        before, row_max = row_max, tl.maximum(row_max, top)
+        old, new = tl.exp(before - row_max), tl.exp(top - row_max)
+        weighted = old * (weighted + (before - row_max) * total) + new * (pull + (top - row_max) * mass)
+        total = old * total + new * mass
+    return row_max, total.to(tl.float32), weighted.to(tl.float32)
+
+
+@triton.jit
+def _logit_at(products, target, inner, outer, SOFTCAP: tl.constexpr):
+    """The target's logit; -inf without a target."""
+    z, _ = logits(tl.load(products + target, mask=target >= 0, other=0.0), inner, outer, SOFTCAP)
+    return tl.where(target >= 0, z, float("-inf"))
+
+
+@triton.jit
+def _sweep_2(
+    products, out, vocab, target, row_max, total, entropy, on_logp, on_entropy, on_logsumexp, inner, outer,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """d loss / d products of one row into ``out``, which may be the memory of ``products``, in fp32 or narrower."""
+    live = (on_logp != 0.0) | (on_entropy != 0.0) | (on_logsumexp != 0.0)
+    # A row that nothing depends on gives zeros, whatever is in it: its statistics are replaced, its products not read.
+    row_max = tl.where(live, row_max, 0.0)
+    inverse = 1.0 / tl.where(live, total, 1.0)
+    offset = tl.where(live, entropy - tl.log(total), 0.0)
+    readable = tl.where(live, vocab, 0)
+    for start in range(0, vocab, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        z, slope = logits(tl.load(products + column, mask=column < readable, other=0.0), inner, outer, SOFTCAP)
+        # All threads have read a block before any of them writes to it. Written narrower into the front of the row, a
+        # block ends where, or before, what has been read ends: [2kB, 2(k+1)B) bytes in place of [4kB, 4(k+1)B).
+        tl.debug_barrier()
+        d = gradient_factor(z - row_max, offset, on_logp, on_entropy, on_logsumexp, ENTROPY)
+        d *= tl.exp(z - row_max) * inverse
+        d = tl.where(column == target, d + on_logp, d) * slope
+        tl.store(out + column, d.to(out.dtype.element_ty), mask=column < vocab)
+
+
+@triton.jit
+def gradient_factor(shifted, offset, on_logp, on_entropy, on_logsumexp, ENTROPY: tl.constexpr):
+    """d loss / d z_v over p_v, but for the target's own part: ``c - a - b (log p_v + H)``.
+
+    ``log p_v + H`` is ``shifted + offset``: the logit less the row's maximum, and the entropy less log total.
+    """
+    factor = on_logsumexp - on_logp
+    if ENTROPY:
+        # Where p is zero the logit may be -inf, and the product with p must be zero.
+        factor -= on_entropy * (tl.maximum(shifted, -1e30) + offset)
+    return factor
+
+
+@triton.jit
+def coefficient(pointer, row, GIVEN: tl.constexpr):
+    """Of a row, or zero where the objective does not use it."""
+    return tl.load(pointer + row) if GIVEN else tl.full([], 0.0, tl.float32)
+
+
+# --- kernels: one program a row --------------------------------------------------------------------------------------
+
+_VECTORS = ["targets", "temperature", "row_max", "total", "entropy", "on_logp", "on_entropy", "on_logsumexp", "index"]
+"""Slices of (C,) vectors: whether one starts at a multiple of 16 bytes must not decide about a compilation."""
+
+
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["targets", "temperature"])
+def statistics_kernel(
+    products, stride, vocab, targets, temperature, scale, softcap, partials, num_rows, tile_level, tile_mass, num_tiles,
+    SOFTCAP: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, KEEP_TILES: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``partials``: (4, C) row_max, total, weighted, target; ``tile_level`` and ``tile_mass``: (C, T), if kept."""
+    row = tl.program_id(0).to(tl.int64)
+    products += row * stride
+    inner, outer = row_factors(row, temperature, scale, softcap, SOFTCAP, ROW_TEMPERATURE)
+    if KEEP_TILES:
+        tile_level += row * num_tiles
+        tile_mass += row * num_tiles
+    row_max, total, weighted = _sweep_1(
+        products, vocab, inner, outer, tile_level, tile_mass, SOFTCAP, KEEP_TILES, TILE, BLOCK
+    )
+    at_target = _logit_at(products, tl.load(targets + row), inner, outer, SOFTCAP)
+    _store_partials(partials + row, num_rows, row_max, total, weighted, at_target)
+
+
+@triton.jit
+def _store_partials(partials, num_rows, row_max, total, weighted, at_target):
+    step = tl.cast(num_rows, tl.int64)
+    tl.store(partials, row_max)
+    tl.store(partials + step, total)
+    tl.store(partials + 2 * step, weighted)
+    tl.store(partials + 3 * step, at_target)
+
+
+@triton.jit(do_not_specialize_on_alignment=_VECTORS)
+def gradient_kernel(
+    products, stride, vocab, targets, temperature, scale, softcap, row_max, total, entropy, on_logp, on_entropy,
+    on_logsumexp, out, out_stride,
+    SOFTCAP: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, ENTROPY: tl.constexpr, LOGSUMEXP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``out``: (C, V) d loss / d products."""
+    row = tl.program_id(0).to(tl.int64)
+    inner, outer = row_factors(row, temperature, scale, softcap, SOFTCAP, ROW_TEMPERATURE)
+    _sweep_2(
+        products + row * stride, out + row * out_stride, vocab, tl.load(targets + row), tl.load(row_max + row),
+        tl.load(total + row), tl.load(entropy + row), tl.load(on_logp + row), coefficient(on_entropy, row, ENTROPY),
+        coefficient(on_logsumexp, row, LOGSUMEXP), inner, outer, SOFTCAP, ENTROPY, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["targets", "temperature", "index"])
+def both_sweeps_kernel(
+    products, stride, vocab, targets, temperature, scale, softcap, weights, index, out, out_stride, partials, num_rows,
+    SOFTCAP: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The two kernels above in one, with ``weights[index]`` as d loss / d logp and zero without a target."""
+    row = tl.program_id(0).to(tl.int64)
+    products += row * stride
+    target = tl.load(targets + row)
+    inner, outer = row_factors(row, temperature, scale, softcap, SOFTCAP, ROW_TEMPERATURE)
+    row_max, total, weighted = _sweep_1(products, vocab, inner, outer, products, products, SOFTCAP, False, BLOCK, BLOCK)
+    at_target = _logit_at(products, target, inner, outer, SOFTCAP)
+    _store_partials(partials + row, num_rows, row_max, total, weighted, at_target)
+    weight = tl.load(weights + tl.load(index + row), mask=target >= 0, other=0.0)
+    nothing = tl.full([], 0.0, tl.float32)
+    # No thread may write before every thread has read the row to its end.
+    tl.debug_barrier()
+    out += row * out_stride
+    _sweep_2(
+        products, out, vocab, target, row_max, total, nothing, weight, nothing, nothing, inner, outer,
+        SOFTCAP, False, BLOCK,
+    )  # fmt: skip
+
+
+# --- launches --------------------------------------------------------------------------------------------------------
+
+
+class Tiles(NamedTuple):
+    """Of each tile of ``TILE`` columns, (C, T) fp32: ``mass``, the sum of exp(z - level), and that level."""
+
+    level: Tensor
+    mass: Tensor
+
+
+def launch(
+    kernel: Any, products: Tensor, targets: Tensor, transform: Transform, *rest: Any, programs_a_row: int = 1,
+    **flags: Any,
+) -> None:  # fmt: skip
+    """A kernel over the rows of ``products``, with the arguments that all row kernels begin with."""
+    temperature = transform.temperature
+    temperature = temperature.float().contiguous() if isinstance(temperature, Tensor) else float(temperature)
+    softcap = 1.0 if transform.softcap is None else float(transform.softcap)
+    with torch.cuda.device_of(products):
+        kernel[(products.shape[0], programs_a_row)](
+            products, products.stride(0), products.shape[1], targets.contiguous(), temperature, float(transform.scale),
+            softcap, *rest, SOFTCAP=transform.softcap is not None, ROW_TEMPERATURE=isinstance(temperature, Tensor),
+            **{"num_warps": NUM_WARPS, **flags},
+        )  # fmt: skip
+
+
+def row_vectors(rows: RowStatistics, wanted: Coefficients) -> list[Tensor]:
+    """(C,) each: row_max, total, entropy, and the coefficients, with anything for one that is None."""
+    vectors = (rows.row_max, rows.total, rows.entropy, wanted.logps, wanted.entropy, wanted.logsumexp)
+    return [(wanted.logps if v is None else v).contiguous() for v in vectors]

@@ -1,0 +1,82 @@
+"""The row kernels in Triton, behind the interface. A block is the whole panel.
+
+Letters: C rows of a panel, V vocabulary (of this shard), T tiles of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from aapo_fast.ops.linear_policy import sparse_triton
+from aapo_fast.ops.linear_policy.kernels_triton import (
+    BLOCK,
+    TILE,
+    Tiles,
+    both_sweeps_kernel,
+    gradient_kernel,
+    launch,
+    row_vectors,
+    statistics_kernel,
+)
+from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Partials, RowStatistics, Transform
+
+
+class TritonRows:
+    """``RowKernels`` and ``OneLaunch`` for fp32 products on a GPU. A block is the whole chunk.
+
+    Args:
+        chunk: the (C, V) buffer that blocks are views of.
+        sparse: keep of each tile what ``sparse_gradient`` needs.
+    """
+
+    def __init__(self, chunk: Tensor, sparse: bool = False) -> None:
+        if chunk.dtype != torch.float32:
+            raise ValueError(f"implementation='triton' computes in fp32, not {chunk.dtype}; use implementation='torch'")
+        self.block_rows = max(1, chunk.shape[0])
+        shape = (chunk.shape[0], triton.cdiv(chunk.shape[1], TILE))
+        self._tiles = Tiles(chunk.new_empty(shape), chunk.new_empty(shape)) if sparse else None
+
+    def statistics(self, products: Tensor, targets: Tensor, transform: Transform) -> Partials:
+        partials = products.new_empty(4, products.shape[0])
+        level, mass = self._tiles or (partials, partials)
+        launch(
+            statistics_kernel, products, targets, transform, partials, products.shape[0], level, mass, level.stride(0),
+            KEEP_TILES=self._tiles is not None, TILE=BLOCK if self._tiles is None else TILE, BLOCK=BLOCK,
+        )  # fmt: skip
+        return Partials(*partials)
+
+    def gradient(
+        self, products: Tensor, targets: Tensor, rows: RowStatistics, wanted: Coefficients, transform: Transform,
+        out: Tensor,
+    ) -> None:  # fmt: skip
+        """``out`` may be ``products``, another buffer, or a narrower view of the front of each row of ``products``."""
+        launch(
+            gradient_kernel, products, targets, transform, *row_vectors(rows, wanted), out, out.stride(0),
+            ENTROPY=wanted.entropy is not None, LOGSUMEXP=wanted.logsumexp is not None, BLOCK=BLOCK,
+        )  # fmt: skip
+
+    def both_sweeps(
+        self, products: Tensor, targets: Tensor, weights: Tensor, index: Tensor, transform: Transform, out: Tensor
+    ) -> Partials:
+        partials = products.new_empty(4, products.shape[0])
+        launch(
+            both_sweeps_kernel, products, targets, transform, weights.float().contiguous(), index.contiguous(), out,
+            out.stride(0), partials, products.shape[0], BLOCK=BLOCK,
+        )  # fmt: skip
+        return Partials(*partials)
+
+    def sparse_gradient(
+        self, products: Tensor, targets: Tensor, rows: RowStatistics, wanted: Coefficients, transform: Transform,
+        threshold: float, uniforms: Tensor,
+    ) -> Entries | None:  # fmt: skip
+        assert self._tiles is not None, "made without sparse=True"
+        tiles = Tiles(*(t[: products.shape[0]] for t in self._tiles))
+        return sparse_triton.sparse_gradient(products, targets, tiles, rows, wanted, transform, threshold, uniforms)
+
+    def add_times_weight(self, entries: Entries, weight: Tensor, out: Tensor) -> None:
+        sparse_triton.add_times_weight(entries, weight, out)
+
+    def add_transposed_times(self, entries: Entries, hidden: Tensor, out: Tensor) -> None:
+        sparse_triton.add_transposed_times(entries, hidden, out)
