@@ -21,7 +21,6 @@ import threading
 import time
 from pathlib import Path
 
-import machine
 import torch
 import transformers
 from datasets import Dataset
@@ -29,6 +28,7 @@ from dense_reward import dense_reward
 from trl import GRPOConfig, GRPOTrainer
 
 from aapo_fast import cli, config
+from aapo_fast.bench import machine
 from aapo_fast.models.load import load_model
 from aapo_fast.trainer import loop, report, sampling, setup
 from aapo_fast.trainer.display import Display

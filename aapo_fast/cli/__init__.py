@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aapo_fast import __version__, config
+from aapo_fast.cli import bench
 from aapo_fast.types import UserError
 
 QUICKSTART = Path(__file__).with_name("quickstart.toml")
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(rest)
         if overrides and arguments.command not in ("train", "eval", "quickstart"):
             raise config.ConfigError(f"{arguments.command} takes no --{overrides[0][0]}")
+        arguments.argv = rest
         return _run(arguments, overrides)
     except UserError as error:
         print(f"aapo-fast: error: {error}", file=sys.stderr)
@@ -34,6 +36,8 @@ def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
         from aapo_fast.cli.doctor import doctor
 
         return doctor()
+    if arguments.command == "bench":
+        return bench.run(arguments)
     from aapo_fast.cli import commands
 
     if arguments.command == "plot":
@@ -96,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="draw the learning curve of a run")
     plot.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
 
+    bench.add_parser(commands)
     commands.add_parser("doctor", help="what is installed, which implementation will run, and why not the others")
     commands.add_parser(
         "quickstart",

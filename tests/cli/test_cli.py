@@ -89,7 +89,8 @@ def test_help_names_every_option(capsys):
         assert f"--{key} " in out
 
 
-def test_doctor(capsys):
+def test_doctor(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "-> torch" in out and "triton     unavailable" in out and "transformers" in out

@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# The GPU tests and the whole comparison on one GPU, from a bare checkout without a network, within nine minutes.
+#
+#   benchmarks/gpu_suite.sh                      needs python3 with a CUDA torch; uses what else it finds
+#   PEER_WHEELS=folder benchmarks/gpu_suite.sh   peers from wheels (default benchmarks/wheels; fetch_peer_wheels.sh)
+#   OUT=folder                                   where results go (default benchmarks/results/gpu)
+#   SECONDS_IN_ALL=540, SECONDS_FOR_TESTS=150    time shares
+#
+# Tables come last. If the tests are not green, every table says so, and the exit status is 1.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-benchmarks/results/gpu}
+PEER_WHEELS=${PEER_WHEELS:-benchmarks/wheels}
+SECONDS_IN_ALL=${SECONDS_IN_ALL:-540}
+SECONDS_FOR_TESTS=${SECONDS_FOR_TESTS:-150}
+SECONDS_FOR_ACCURACY=60
+SECONDS_TO_REPORT=15
+export PYTHONUNBUFFERED=1
+
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+temporary=$(mktemp -d)
+trap 'rm -rf "$temporary"' EXIT
+# By this name: quack takes what is elsewhere for its user's own code, and refuses parts of CuTe in it.
+site=$temporary/site-packages
+mkdir "$site"
+
+# Wheels are archives, and these hold nothing that has to be built: unpacking them is all that pip would do.
+install_peers() {
+  local archive
+  for archive in "$PEER_WHEELS"/*.whl "$PEER_WHEELS"/*.tar.xz; do
+    case $archive in
+      *'*'*) continue ;;
+      *.whl) "$PYTHON" -m zipfile -e "$archive" "$site" ;;
+      *) "$PYTHON" -m tarfile -e "$archive" "$site" ;;
+    esac || echo "could not unpack $archive; going on without it"
+  done
+}
+
+seconds_left() { echo $((SECONDS_IN_ALL - SECONDS - $1)); }
+
+# Sets note: empty if the tests are green.
+run_tests() {
+  note=""
+  if ! "$PYTHON" -m pytest --version >/dev/null 2>&1; then
+    note="GPU TESTS NOT RUN: pytest is not installed"
+    return
+  fi
+  if [ ! -d tests/gpu ]; then
+    note="GPU TESTS NOT RUN: there is no tests/gpu"
+    return
+  fi
+  local status=0
+  timeout --signal=INT --kill-after=10 "$SECONDS_FOR_TESTS" \
+    "$PYTHON" -m pytest tests/gpu -q -x --durations=5 2>&1 | tee "$OUT/tests.log" || status=$?
+  case $status in
+    0) grep -q ' passed' "$OUT/tests.log" || note="GPU TESTS NOT RUN: all were skipped" ;;
+    124 | 137) note="GPU TESTS NOT FINISHED in $SECONDS_FOR_TESTS s: the figures below are of code that is not tested" ;;
+    *) note="GPU TESTS FAILED (see tests.log): the figures below are of wrong code" ;;
+  esac
+}
+
+install_peers
+# nvidia-cutlass-dsl puts its packages in a folder of their own and names it in a .pth file, which PYTHONPATH ignores.
+export PYTHONPATH="$PWD:$site:$site/nvidia_cutlass_dsl/dsl_packages${PYTHONPATH:+:$PYTHONPATH}"
+
+if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "error: $PYTHON has no torch that sees a CUDA device; name another: PYTHON=... $0" >&2
+  exit 2
+fi
+
+run_tests
+echo "== tests: ${note:-green} (${SECONDS} s)"
+notes=()
+[ -z "$note" ] || notes=(--note "$note")
+
+# bench SECONDS ...: interrupted after so many; a file is written after every case, so what is done is kept.
+bench() {
+  local limit=$1
+  shift
+  timeout --signal=INT --kill-after=5 "$limit" "$PYTHON" -m aapo_fast.cli bench "$@"
+}
+
+# head FOLDER ...: the goals first, then one head over N, then the other heads, then what is long: what there is no time
+# for comes off the end.
+head() {
+  local folder=$1 limit
+  shift
+  limit=$(seconds_left $((SECONDS_FOR_ACCURACY + SECONDS_TO_REPORT)))
+  [ "$limit" -gt 30 ] || return
+  bench "$limit" head --device cuda --dtype bfloat16 --rounds 6 \
+    --minutes "$(awk -v s="$limit" 'BEGIN { print (s - 15) / 60 }')" --output "$folder" "${notes[@]}" "$@" --rows 4096 \
+    --shape 8192,4096,151936 4096,4096,128256 16384,2048,248320 \
+    1024,4096,151936 2048,4096,151936 16384,4096,151936 \
+    gemma-2-2b qwen2.5-0.5b qwen2.5-1.5b qwen2.5-7b smollm2-135m 32768,4096,151936 65536,4096,151936 \
+    >/dev/null || echo "== bench head: exit status $?"
+}
+
+head "$OUT"
+culprit=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["broken_by"])' "$OUT/head.json" 2>/dev/null)
+if [ -n "$culprit" ]; then
+  mkdir -p "$OUT/again"
+  rm -f "$OUT/head.md" "$OUT/head.svg"  # its JSON stays
+  head "$OUT/again" --without "$culprit"
+fi
+bench "$(seconds_left $SECONDS_TO_REPORT)" accuracy --device cuda --dtype bfloat16 --shape 2048,4096,151936 \
+  --output "$OUT" "${notes[@]}" >/dev/null || echo "== bench accuracy: exit status $?"
+
+echo "== ${SECONDS} s"
+bench 60 report "$OUT"
+[ -z "$note" ]
