@@ -43,6 +43,10 @@ def aapo_advantages(
     Raises:
         ValueError: shapes that do not fit, ``delta_low > delta_high``, an infinite reward (checked on the CPU only).
     """
+    for name, values in (("rewards", rewards), ("reference_rewards", reference_rewards)):
+        if values is not None and (not isinstance(values, Tensor) or values.is_complex()):
+            what = values.dtype if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"{name} is a {what}; give a torch.Tensor of real numbers")
     if rewards.ndim != 1 or group_size < 1 or rewards.numel() % group_size:
         raise ValueError(
             f"rewards has shape {tuple(rewards.shape)}, group_size={group_size}; "
@@ -58,10 +62,12 @@ def aapo_advantages(
     _refuse_infinite("rewards", rewards)
     if reference_rewards is not None:
         _refuse_infinite("reference_rewards", reference_rewards)
-    if _in_one_kernel(rewards.device, group_size):
+    if _in_one_kernel(rewards, group_size):
         return group_advantages(rewards, reference_rewards, group_size, delta_low, delta_high, scale_rewards)
 
-    grouped = rewards.float().view(-1, group_size)
+    # Whole numbers and fp64 keep their digits until the differences are taken.
+    dtype = torch.float32 if rewards.dtype.is_floating_point and rewards.itemsize <= 4 else torch.float64
+    grouped = rewards.to(dtype).view(-1, group_size)
     present = ~grouped.isnan()
     count = present.sum(1, keepdim=True)
     # Shifting by one member first makes "all equal" exact: the differences are zero, not rounding.
@@ -72,14 +78,16 @@ def aapo_advantages(
         std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
         advantages = centred / (std + STD_EPSILON)
     if reference_rewards is not None:
-        gap = grouped - reference_rewards.float().view(-1, group_size)
+        gap = grouped - reference_rewards.to(dtype).view(-1, group_size)
         # NaN survives clamp and becomes "no momentum" here.
         advantages = advantages + gap.clamp(delta_low, delta_high).nan_to_num(nan=0.0)
-    return advantages.reshape(-1)
+    return advantages.reshape(-1).float()
 
 
-def _in_one_kernel(device: torch.device, group_size: int) -> bool:
-    return device.type == "cuda" and dispatch.resolve("auto", device) == "triton" and group_size <= LARGEST_GROUP
+def _in_one_kernel(rewards: Tensor, group_size: int) -> bool:
+    if not rewards.is_cuda or not rewards.is_floating_point() or rewards.itemsize > 4 or group_size > LARGEST_GROUP:
+        return False
+    return dispatch.resolve("auto", rewards.device) == "triton"
 
 
 def _first_present(grouped: Tensor, present: Tensor) -> Tensor:

@@ -7,12 +7,13 @@ so a new objective is one small function and no kernel knows its name:
     def reinforce(tokens):
         return -advantage[tokens.rows] * tokens.logps / num_tokens
 
-Two methods are optional, and both only save work:
+Three methods are optional:
 
     active() -> (N,) bool or None     rows for which it is False have no loss and no gradient whatever their
                                       log-probability is; they are dropped before the first matrix product
     linear() -> LinearWeights or None the loss is ``weights[index[row]] * logp``: known before the row is, so a kernel
                                       can sweep it twice in one launch
+    num_rows() -> int or None         N of the tensors it was built with, checked against the call's
 
 Under ``torch.compile`` an objective that is a dataclass of tensors, numbers and other such objectives (all of those
 here) stays in one visit; any other callable is right but costs a fourth matrix product.
@@ -22,9 +23,10 @@ Letters: N rows (tokens), C rows of one chunk, B sequences.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,7 +70,7 @@ class _OfSequences:
 
     advantages: Tensor
     sequence_index: Tensor
-    num_tokens: float
+    num_tokens: float | Tensor
 
     def __post_init__(self) -> None:
         _check_sequences(type(self).__name__, self.advantages, self.sequence_index, self.num_tokens)
@@ -76,6 +78,10 @@ class _OfSequences:
     def active(self) -> Tensor:
         """(N,) bool: rows whose sequence has an advantage other than zero."""
         return (self.advantages != 0)[self.sequence_index]
+
+    def num_rows(self) -> int:
+        """N, which the call's rows must agree with."""
+        return self.sequence_index.numel()
 
     def _advantage(self, tokens: Tokens) -> Tensor:
         return self.advantages[self.sequence_index[tokens.rows]]
@@ -201,7 +207,7 @@ class SFT:
         weights: (N,) one a row; None is one everywhere.
     """
 
-    num_tokens: float
+    num_tokens: float | Tensor
     weights: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -217,7 +223,11 @@ class SFT:
         if self.weights is None:
             return None
         every = torch.arange(self.weights.numel(), device=self.weights.device)
-        return LinearWeights(-self.weights / self.num_tokens, every)
+        return LinearWeights(self.weights * (-1.0 / self.num_tokens), every)
+
+    def num_rows(self) -> int | None:
+        """N, which the call's rows must agree with; None with equal weights."""
+        return None if self.weights is None else self.weights.numel()
 
     def __call__(self, tokens: Tokens) -> Tensor:
         weight = 1.0 if self.weights is None else self.weights[tokens.rows]
@@ -240,7 +250,7 @@ class Regularized:
     """
 
     objective: Objective
-    num_tokens: float
+    num_tokens: float | Tensor
     entropy_bonus: float = 0.0
     z_loss: float = 0.0
 
@@ -248,6 +258,12 @@ class Regularized:
         _check_num_tokens("Regularized", self.num_tokens)
         if not callable(self.objective):
             raise ValueError(f"Regularized: objective is a {type(self.objective).__name__}; give an objective")
+
+    def num_rows(self) -> int | None:
+        """N of the objective, or None if it does not say."""
+        covered = getattr(self.objective, "num_rows", None)
+        found: int | None = covered() if covered is not None else None
+        return found
 
     def __call__(self, tokens: Tokens) -> Tensor:
         losses = self.objective(tokens)
@@ -258,12 +274,22 @@ class Regularized:
         return losses
 
 
-def _check_num_tokens(name: str, num_tokens: float) -> None:
+def _check_num_tokens(name: str, num_tokens: Any) -> None:
+    if isinstance(num_tokens, Tensor):
+        if num_tokens.ndim != 0:
+            raise ValueError(f"{name}: num_tokens has shape {tuple(num_tokens.shape)}; give one number for all rows")
+        # On a GPU the look would wait for the device.
+        if num_tokens.device.type != "cpu":
+            return
+    elif not isinstance(num_tokens, numbers.Real):
+        raise ValueError(f"{name}: num_tokens={num_tokens!r}; give a number, or a tensor without dimensions")
     # A traced graph should not be bound to the number that it saw first.
-    if torch.compiler.is_compiling() or not isinstance(num_tokens, (int, float)):
+    if torch.compiler.is_compiling():
         return
     if not 0 < num_tokens < float("inf"):
-        raise ValueError(f"{name}: num_tokens={num_tokens}; it divides the loss and must be positive and finite")
+        raise ValueError(
+            f"{name}: num_tokens={float(num_tokens):g}; it divides the loss and must be positive and finite"
+        )
 
 
 def _check_clip(name: str, low: float, high: float) -> None:
@@ -281,7 +307,10 @@ def _check_rows(name: str, field: str, values: Tensor | None, sequence_index: Te
         )
 
 
-def _check_sequences(name: str, advantages: Tensor, sequence_index: Tensor, num_tokens: float) -> None:
+def _check_sequences(name: str, advantages: Tensor, sequence_index: Tensor, num_tokens: float | Tensor) -> None:
+    for field, value in (("advantages", advantages), ("sequence_index", sequence_index)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: {field} is a {type(value).__name__}; give a torch.Tensor")
     if advantages.ndim != 1 or not advantages.is_floating_point():
         raise ValueError(
             f"{name}: advantages has shape {tuple(advantages.shape)} and dtype {advantages.dtype}; "

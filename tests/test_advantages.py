@@ -81,3 +81,12 @@ def test_low_precision_rewards_are_widened():
 def test_refusals(rewards, reference, options, match):
     with pytest.raises(ValueError, match=match):
         af.aapo_advantages(rewards, reference, **options)
+
+
+def test_large_whole_numbers_keep_their_differences():
+    rewards = torch.tensor([1e9 + 1, 1e9 + 2, 1e9 + 3, 1e9], dtype=torch.float64)
+    small = af.aapo_advantages(rewards - 1e9, None, 4)
+    assert torch.equal(af.aapo_advantages(rewards, None, 4), small) and small.norm() > 1
+    assert torch.equal(af.aapo_advantages(rewards.long(), None, 4), small)
+    with pytest.raises(ValueError, match="rewards is a list; give a torch.Tensor"):
+        af.aapo_advantages([1.0, 2.0], None, 2)

@@ -6,13 +6,13 @@ the same knowledge to ``aapo-fast doctor``.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from dataclasses import dataclass
 
 import torch
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 IMPLEMENTATIONS = ("reference", "torch", "triton", "native")
 
 
@@ -50,7 +50,7 @@ def survey(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Can
 
 def _triton(device: torch.device, dtype: torch.dtype) -> Candidate:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not _has_triton():
+    if not HAS_TRITON:
         return Candidate("triton", False, "Triton is not installed (pip install triton); use implementation='torch'")
     if dtype != torch.float32:
         return Candidate("triton", False, f"its kernels compute in fp32, not {dtype}; use implementation='torch'")
@@ -59,11 +59,6 @@ def _triton(device: torch.device, dtype: torch.dtype) -> Candidate:
     if interpreted:
         return Candidate("triton", True, "through Triton's interpreter (TRITON_INTERPRET=1), for tests", False)
     return Candidate("triton", False, f"needs an NVIDIA GPU, not {device.type}; use implementation='torch'")
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def resolve(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:

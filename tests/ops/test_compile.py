@@ -1,5 +1,7 @@
 """Under ``torch.compile``: no graph break, the same bits, no recompilation from step to step, proper operators."""
 
+import dataclasses
+
 import pytest
 import torch
 from op_support import objectives, problem, relative, variant_problem
@@ -55,6 +57,96 @@ def test_token_counts_and_seeds_that_change_do_not_recompile(backend):
         ours, truth = (gradients(f, inputs, num_tokens, seed) for f in (compiled, step))
         assert all(relative(a, b) < 1e-6 for a, b in zip(ours, truth, strict=True))
     assert counter.frame_count <= 2  # once with the numbers as constants, once for all others
+
+
+@dataclasses.dataclass
+class Peculiar:
+    """A user's dataclass with everything that a careless copy gets wrong."""
+
+    scale: torch.Tensor
+    times: int
+    negate: bool
+    made: float = dataclasses.field(init=False, default=0.0)
+
+    def __post_init__(self):
+        self.scale = self.scale / 2
+        self.made = 3.0
+
+    def __call__(self, tokens):
+        sign = -1.0 if self.negate is True else 1.0
+        return sum((sign * self.scale * self.made * tokens.logps for _ in range(self.times)), 0 * tokens.logps)
+
+
+@dataclasses.dataclass
+class WithMore:
+    """Carries an attribute that is no field."""
+
+    weight: float
+
+    def __call__(self, tokens):
+        return self.weight * self.more * tokens.logps
+
+
+class Callback:
+    """No dataclass; makes NaN in rows that it declares inactive."""
+
+    def active(self):
+        return torch.arange(12) % 3 > 0
+
+    def __call__(self, tokens):
+        old = torch.where(self.active(), 0.0, torch.nan)
+        return -(tokens.logps - old[tokens.rows]).exp()
+
+
+@pytest.mark.parametrize("kind", ["dataclass", "attribute beside the fields", "inactive rows of NaN"])
+def test_objectives_of_users_in_one_graph(kind):
+    inputs = problem(12, 8, 31)
+    objective = Callback()
+    if kind == "dataclass":
+        objective = Peculiar(torch.tensor(0.3), 2, True)
+    elif kind == "attribute beside the fields":
+        objective = WithMore(0.3)
+        objective.more = 5.0
+
+    def step(hidden, weight, targets, bias):
+        return af.linear_policy_loss(hidden * 1.5, weight, targets, objective).loss, torch.zeros(())
+
+    eager = gradients(step, inputs)
+    compiled = gradients(torch.compile(step, backend="aot_eager", fullgraph=True), inputs)
+    for ours, truth in zip(compiled, eager, strict=True):
+        assert truth.isfinite().all() and (relative(ours, truth) < 1e-6 or truth.norm() == 0 == ours.norm())
+
+
+def test_temperature_and_softcap_that_change():
+    hidden, weight, targets, _ = problem(12, 8, 31)
+
+    def step(temperature, softcap):
+        options = {"temperature": temperature, "softcap": softcap}
+        return af.linear_policy_loss(hidden, weight, targets, af.SFT(12.0), **options).loss
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for arguments in ((1.0, 5.0), (1.1, 5.0), (0.9, 6.0), (0.7, 7.5)):
+        assert relative(compiled(*arguments), step(*arguments)) < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast_and_strided_operands_in_inductor(dtype):
+    """Inductor believes the fake implementation's dtypes and strides: a wrong one is memory corruption."""
+    x, w = (torch.randn(8, n, dtype=dtype).t().requires_grad_() for n in (12, 31))
+    targets = torch.arange(12)
+
+    def step(hidden, weight):
+        res = af.linear_logprobs(hidden, weight, targets)
+        return af.linear_policy_loss(hidden, weight, targets, af.SFT(12.0)).loss + res.logps.sum()
+
+    found = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        x.grad = w.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = function(x, w)
+        loss.backward()
+        found.append((loss.detach(), x.grad.clone(), w.grad.clone()))
+    assert all(a.dtype == b.dtype and relative(a, b) < 1e-6 for a, b in zip(*found, strict=True))
 
 
 def test_logprobs_in_one_graph():

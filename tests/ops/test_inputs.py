@@ -1,5 +1,6 @@
 """What users bring: autocast, checkpointing, tied and frozen weights, many rows, objectives of their own."""
 
+import numpy as np
 import pytest
 import torch
 from op_support import objectives, problem, relative, run, sequences
@@ -7,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import aapo_fast as af
-from aapo_fast.ops.linear_policy import sparse
+from aapo_fast.ops.linear_policy import autograd, sparse
 
 
 def test_a_new_objective_in_ten_lines():
@@ -176,6 +177,99 @@ def test_refusals(function, options, match):
         function(torch.randn(4, 8), torch.randn(10, 8), torch.tensor([0, 4, 1, 2]), *objective, **options)
 
 
+@pytest.fixture
+def no_row_is_dropped(monkeypatch):
+    """What a GPU does with all_logps: rows without a target are visited and masked."""
+    monkeypatch.setattr(autograd, "rows_to_visit", lambda *_: None)
+
+
+@pytest.mark.parametrize("backward", ["exact", "sparse"])
+def test_old_log_probabilities_that_nobody_has_do_not_poison_the_gradient(backward, no_row_is_dropped):
+    hidden, weight, targets, _ = problem(12, 8, 17)
+    targets[[0, 7]] = -100
+    advantages, index = torch.tensor([1.0, -0.5, 0.0, 2.0]), torch.arange(12) // 3
+    old = af.linear_policy_loss(hidden, weight, targets, af.AAPO(advantages, index, 12), all_logps=True).logps
+    assert old.isnan().sum() == 2
+    for objective in (
+        af.GRPO(advantages, index, 12, old),
+        af.CISPO(advantages, index, 12, old),
+        af.REINFORCE(advantages, index, 12, old),
+    ):
+        options = {"all_logps": True, "backward": backward, "sparsity_threshold": 2**-6}
+        out, grads = run("torch", (hidden, weight, targets, None), objective, **options)
+        assert out.loss.isfinite() and all(g.isfinite().all() and g.norm() > 0 for g in grads)
+
+
+def test_rows_that_are_not_active_have_no_loss_even_if_they_are_visited():
+    class FirstHalf:
+        def active(self):
+            return torch.arange(12) < 6
+
+        def __call__(self, tokens):
+            return -tokens.logps
+
+    inputs = problem(12, 8, 17)
+    for implementation in ("torch", "reference"):
+        dropped, grads = run(implementation, inputs, FirstHalf())
+        visited, others = run(implementation, inputs, FirstHalf(), all_logps=True)
+        assert relative(visited.loss, dropped.loss) < 1e-14 and not visited.logps.isnan().any()
+        assert all(relative(a, b) < 1e-13 for a, b in zip(others, grads, strict=True))
+
+
+@pytest.mark.parametrize("backward", ["exact", "sparse"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 3e38])
+def test_what_is_not_finite_is_not_hidden(poison, backward):
+    """A gradient scaler and a clipped norm must see it."""
+    hidden, weight, targets, _ = problem(12, 8, 17, dtype=torch.float32)
+    with torch.no_grad():
+        hidden[1, 2] = poison
+    out, (dx, dw) = run("torch", (hidden, weight, targets, None), af.SFT(12.0), backward=backward)
+    assert not out.loss.isfinite() and not dx.isfinite().all() and not dw.isfinite().all()
+
+
+def test_an_objective_may_write_on_what_it_is_given():
+    inputs = problem(12, 8, 17)
+
+    def scribbler(tokens):
+        losses = -tokens.logps - 0.3 * tokens.entropy
+        with torch.no_grad():
+            tokens.entropy.mul_(0)
+            tokens.rows.add_(1)
+        return losses
+
+    ours, grads = run("torch", inputs, scribbler)
+    truth, true_grads = run("torch", inputs, lambda tokens: -tokens.logps - 0.3 * tokens.entropy)
+    assert torch.equal(ours.entropy, truth.entropy) and torch.equal(grads[0], true_grads[0])
+
+
+@pytest.mark.parametrize("function", ["loss", "logprobs"])
+def test_second_derivatives_are_refused(function):
+    hidden, weight, targets, _ = problem(6, 8, 17)
+    if function == "loss":
+        value = af.linear_policy_loss(hidden, weight, targets, af.SFT(6.0)).loss
+    else:
+        value = af.linear_logprobs(hidden, weight, targets).logps.sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(value, hidden, create_graph=True)
+
+
+def test_temperatures_of_rows_without_target_do_not_matter():
+    hidden, weight, targets, _ = problem(8, 8, 17)
+    targets[3] = -100
+    temperature = torch.full((8,), 0.7, dtype=torch.float64)
+    truth, _ = run("torch", (hidden, weight, targets, None), af.SFT(8.0), temperature=temperature.clone())
+    temperature[3] = 0.0
+    ours, _ = run("torch", (hidden, weight, targets, None), af.SFT(8.0), temperature=temperature)
+    assert torch.equal(ours.loss, truth.loss)
+
+
+def test_numpy_numbers_are_numbers():
+    hidden, weight, targets, _ = problem(8, 8, 17)
+    plain = af.linear_policy_loss(hidden, weight, targets, af.SFT(8), temperature=0.5, vocab_size=17, seed=3).loss
+    options = {"temperature": np.float32(0.5), "vocab_size": np.int64(17), "seed": np.int64(3)}
+    assert af.linear_policy_loss(hidden, weight, targets, af.SFT(np.int64(8)), **options).loss == plain
+
+
 def test_objectives_refuse_what_does_not_fit():
     index = torch.zeros(4, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"AAPO: rollout_logps has shape \(3,\)"):
@@ -186,5 +280,24 @@ def test_objectives_refuse_what_does_not_fit():
         af.CISPO(torch.ones(1), index, 4.0, clip_low=2)
     with pytest.raises(ValueError, match="Regularized: objective is a str"):
         af.Regularized("aapo", 4.0)
+    with pytest.raises(ValueError, match=r"num_tokens has shape \(4,\); give one number"):
+        af.SFT(torch.ones(4))
+    with pytest.raises(ValueError, match="num_tokens=-3"):
+        af.SFT(torch.tensor(-3.0))
+    with pytest.raises(ValueError, match="num_tokens='12'"):
+        af.SFT("12")
+    with pytest.raises(ValueError, match="AAPO: advantages is a list"):
+        af.AAPO([1.0], index, 4.0)
+    with pytest.raises(ValueError, match="VocabularyShard: start=-3"):
+        af.VocabularyShard(None, -3, 17)
+    hidden, weight, targets, _ = problem(4, 8, 17)
+    long = af.AAPO(torch.ones(2), torch.arange(7) // 4, 4.0)
+    for objective, match in (
+        (af.Regularized(long, 4.0, 0.1), "objective covers 7 rows but targets has 4"),
+        (af.AAPO, "objective is the class AAPO"),
+        (None, "objective is None"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            af.linear_policy_loss(hidden, weight, targets, objective)
     with pytest.raises(ValueError, match="Regularized: num_tokens=0"):
         af.Regularized(af.SFT(4.0), 0)

@@ -86,9 +86,11 @@ def linear_policy_loss(
     from the device; with ``all_logps=True`` and ``backward="exact"`` the host never waits.
 
     Gradients reach ``hidden``, ``weight`` and ``bias``, each only if it requires one; they are computed here, in the
-    forward, and handed out in the backward. Statistics and weight gradients are kept in fp32 (fp64 for fp64 inputs)
-    and rounded once, in the backward, to the dtype of their tensor. Under autocast the products are computed from
-    operands in its dtype, and the gradients are still those of the tensors given, in their dtype.
+    forward, and handed out in the backward: call ``backward`` for each microbatch, since every loss holds its (V, H)
+    gradient until then, and evaluate under ``torch.no_grad()``, which saves two of the three products. There is no
+    second derivative. Statistics and weight gradients are kept in fp32 (fp64 for fp64 inputs) and rounded once, in the
+    backward, to the dtype of their tensor. Under autocast the products are computed from operands in its dtype, and the
+    gradients are still those of the tensors given, in their dtype.
 
     Args:
         hidden: (N, H) fp64, fp32, bf16 or fp16.
@@ -120,7 +122,8 @@ def linear_policy_loss(
     """
     weight, bias = whole(weight), None if bias is None else whole(bias)
     checks.check_tensors(hidden, weight, targets, bias)
-    call = _call(hidden, weight, bias, temperature, softcap, logit_scale, vocab_size, vocabulary_shard,
+    checks.check_objective(objective, targets)
+    call = _call(hidden, weight, bias, targets, temperature, softcap, logit_scale, vocab_size, vocabulary_shard,
                  backward, sparsity_threshold, seed, implementation, not all_logps)  # fmt: skip
     operands = (hidden, weight, bias, targets)
     if torch.compiler.is_compiling():
@@ -156,7 +159,7 @@ def linear_logprobs(
     """
     weight, bias = whole(weight), None if bias is None else whole(bias)
     checks.check_tensors(hidden, weight, targets, bias)
-    call = _call(hidden, weight, bias, temperature, softcap, logit_scale, vocab_size, vocabulary_shard,
+    call = _call(hidden, weight, bias, targets, temperature, softcap, logit_scale, vocab_size, vocabulary_shard,
                  backward, sparsity_threshold, seed, implementation, drop_rows=False)  # fmt: skip
     operands = (hidden, weight, bias, targets)
     if torch.compiler.is_compiling():
@@ -170,6 +173,7 @@ def _call(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    targets: Tensor,
     temperature: float | Tensor,
     softcap: float | None,
     logit_scale: float,
@@ -182,20 +186,25 @@ def _call(
     drop_rows: bool,
 ) -> Call:
     """The arguments that are not operands, checked."""
-    checks.check_temperature(temperature, hidden)
+    checks.check_temperature(temperature, targets)
     dtype = compute_dtype(hidden, weight, bias)
     chosen = dispatch.resolve(implementation, hidden.device, dtype)
     checks.check_numbers(softcap, logit_scale, backward, sparsity_threshold, seed, chosen)
     if isinstance(temperature, Tensor):
-        temperature = temperature.to(dtype)
+        temperature = temperature.to(dtype).where(targets != IGNORE_INDEX, 1.0)
     device = hidden.device.type
-    casts = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
+    # As PyTorch's own: autocast leaves fp64 alone.
+    casts = torch.is_autocast_enabled(device) and dtype != torch.float64
     return Call(
-        transform=Transform(temperature, softcap, float(logit_scale)),
+        transform=Transform(
+            temperature if isinstance(temperature, Tensor) else float(temperature),
+            None if softcap is None else float(softcap),
+            float(logit_scale),
+        ),
         vocab_size=checks.live_rows(vocab_size, weight.shape[0], shard, chosen),
         shard=shard,
         threshold=sparsity_threshold if backward == "sparse" else None,
-        seed=seed,
+        seed=checks.as_int64(seed),
         implementation=chosen,
         drop_rows=drop_rows,
         autocast=torch.get_autocast_dtype(device) if casts else None,

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from aapo_fast.objectives import Objective
 from aapo_fast.ops.linear_policy import chunked
@@ -39,7 +38,7 @@ def run_policy_loss(
     """Loss, (N,) log-probabilities, (N,) entropies, gradients of the visited rows, and which rows these are."""
     with _as_written(targets):
         work, rows = _pass(operands, targets, objective, call, wanted)
-        loss, logps, entropy = chunked.policy_loss(work, objective)
+        loss, logps, entropy = chunked.policy_loss(work, objective, active_rows(objective))
         gradients = work.end()
     logps, entropy = (scattered(values, rows, targets.numel(), math.nan) for values in (logps, entropy))
     return loss, logps, entropy, gradients, rows
@@ -66,8 +65,8 @@ class _PolicyLoss(torch.autograd.Function):
         return loss, logps, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
         *gradients, rows = ctx.saved_tensors
         # Rounded here and only once: before the upstream scale (1/3 of an accumulation, 65536 of a loss scaler) an fp16
         # gradient divided by many tokens would already have vanished.
@@ -121,8 +120,8 @@ class _LogProbs(torch.autograd.Function):
         return run_statistics((hidden, weight, bias), targets, call)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
         hidden, weight, bias, targets = ctx.saved_tensors
         found = run_gradients((hidden, weight, bias), targets, ctx.call, ctx.needs_input_grad[:3], upstream)
         return *found, None, None
@@ -154,8 +153,7 @@ def _pass(
 
 def rows_to_visit(targets: Tensor, objective: Objective | None, call: Call) -> Tensor | None:
     """(M,) int64 indices of the rows that have a target and, where the objective says so, a weight; None is all."""
-    active = getattr(objective, "active", None)
-    mask = active() if active is not None else None
+    mask = active_rows(objective)
     if mask is not None and mask.shape != targets.shape:
         raise ValueError(
             f"objective covers {tuple(mask.shape)} rows but targets has {tuple(targets.shape)}; "
@@ -170,6 +168,21 @@ def rows_to_visit(targets: Tensor, objective: Objective | None, call: Call) -> T
         keep = keep & mask
     rows = keep.nonzero().squeeze(1)
     return None if rows.numel() == targets.numel() else rows
+
+
+def active_rows(objective: Objective | None) -> Tensor | None:
+    """(N,) bool: rows that have a loss at all; None is all."""
+    active = getattr(objective, "active", None)
+    mask: Tensor | None = active() if active is not None else None
+    return mask
+
+
+def _refuse_second_derivatives() -> None:
+    # `once_differentiable` speaks up only where the upstream gradient requires one itself: that of a loss never does.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the fused loss has no second derivative (create_graph=True); use implementation='reference'"
+        )
 
 
 def scattered(values: Tensor, rows: Tensor | None, num_rows: int, fill: float) -> Tensor:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
 
+from aapo_fast.objectives import Objective
 from aapo_fast.ops.linear_policy.autograd import IGNORE_INDEX
 from aapo_fast.ops.linear_policy.sharded import VocabularyShard
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _is(value: object, kind: type) -> bool:
+    """``isinstance`` for the abstract numbers, which NumPy's belong to and the type checker does not know."""
+    return isinstance(value, kind)
 
 
 def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
@@ -36,16 +43,29 @@ def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
             raise ValueError(f"{name} is on {tensor.device}, hidden is on {hidden.device}; move them together")
 
 
-def check_temperature(temperature: float | Tensor, hidden: Tensor) -> None:
-    """A positive number, or one a row. Raises ValueError."""
+def check_objective(objective: Objective, targets: Tensor) -> None:
+    """Callable, and built for these rows. Raises ValueError."""
+    if not callable(objective) or isinstance(objective, type):
+        what = f"the class {objective.__name__}" if isinstance(objective, type) else repr(objective)
+        raise ValueError(f"objective is {what}; give an objective, for example AAPO(advantages, sequence_index, T)")
+    num_rows = getattr(objective, "num_rows", None)
+    covered = num_rows() if num_rows is not None else None
+    if covered is not None and covered != targets.numel():
+        raise ValueError(
+            f"objective covers {covered} rows but targets has {targets.numel()}; build it with one entry a row"
+        )
+
+
+def check_temperature(temperature: float | Tensor, targets: Tensor) -> None:
+    """A positive number, or one a row, which in a row without a target may be anything. Raises ValueError."""
     if not isinstance(temperature, Tensor):
-        if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
+        if not (_is(temperature, numbers.Real) and 0 < temperature < math.inf):
             raise ValueError(f"temperature={temperature!r}; it divides the logits and must be positive and finite")
         return
-    if temperature.shape != hidden.shape[:1] or temperature.device != hidden.device:
+    if temperature.shape != targets.shape or temperature.device != targets.device:
         raise ValueError(
             f"temperature has shape {tuple(temperature.shape)} on {temperature.device}; give a number, or one a row: "
-            f"({hidden.shape[0]},) on {hidden.device}"
+            f"({targets.shape[0]},) on {targets.device}"
         )
     if temperature.requires_grad:
         raise ValueError("temperature requires a gradient, and gets none here; detach it")
@@ -54,7 +74,7 @@ def check_temperature(temperature: float | Tensor, hidden: Tensor) -> None:
             ((temperature > 0) & temperature.isfinite()).all(), "temperature must be positive and finite"
         )
     elif not torch.compiler.is_compiling():
-        bad = ~((temperature > 0) & temperature.isfinite())
+        bad = ~((temperature > 0) & temperature.isfinite()) & (targets != IGNORE_INDEX)
         if bad.any():
             row = int(bad.nonzero()[0])
             raise ValueError(f"temperature[{row}] is {temperature[row].item()}; it must be positive and finite")
@@ -76,8 +96,13 @@ def check_numbers(
         )
     if not 0 < sparsity_threshold <= 1:
         raise ValueError(f"sparsity_threshold={sparsity_threshold!r} must lie in (0, 1]")
-    if not isinstance(seed, int):
+    if not _is(seed, numbers.Integral):
         raise ValueError(f"seed={seed!r} must be an int")
+
+
+def as_int64(seed: int) -> int:
+    """The low 64 bits, which are what counts, as a signed number."""
+    return seed if torch.compiler.is_compiling() else (int(seed) + 2**63) % 2**64 - 2**63
 
 
 def live_rows(vocab_size: int | None, num_rows: int, shard: VocabularyShard | None, implementation: str) -> int:
@@ -96,9 +121,9 @@ def live_rows(vocab_size: int | None, num_rows: int, shard: VocabularyShard | No
         return live
     if vocab_size is None:
         return num_rows
-    if not (isinstance(vocab_size, int) and 0 < vocab_size <= num_rows):
+    if not (_is(vocab_size, numbers.Integral) and 0 < vocab_size <= num_rows):
         raise ValueError(f"vocab_size={vocab_size!r}; weight has {num_rows} rows, give as many or fewer")
-    return vocab_size
+    return int(vocab_size)
 
 
 def check_targets(targets: Tensor, vocab_size: int) -> None:

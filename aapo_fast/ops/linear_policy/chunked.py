@@ -266,8 +266,12 @@ def _joined(blocks: list[slice]) -> Iterator[slice]:
 # --- token-local objectives: loss and gradients in one visit ---------------------------------------------------------
 
 
-def policy_loss(work: Pass, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss; (M,) log-probabilities and entropies, NaN without a target. ``work`` holds the gradients."""
+def policy_loss(work: Pass, objective: Objective, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss; (M,) log-probabilities and entropies, NaN without a target. ``work`` holds the gradients.
+
+    ``active`` (N,) says which rows have a loss; None is all that have a target.
+    """
+    counts = work.has_target if active is None else work.has_target & active[work.numbers]
     loss = torch.zeros((), dtype=work.dtype, device=work.hidden.device)
     logps = torch.full(work.targets.shape, torch.nan, dtype=work.dtype, device=work.hidden.device)
     entropy = logps.clone()
@@ -276,10 +280,10 @@ def policy_loss(work: Pass, objective: Objective) -> tuple[Tensor, Tensor, Tenso
         for rows, products, gradient in work.blocks(chunk):
             if linear is not None:
                 stats = work.sweep_and_spend(rows, products, gradient, linear)
-                block_loss, _ = _differentiate(objective, stats, work.numbers[rows], work.has_target[rows])
+                block_loss, _ = _differentiate(objective, stats, work.numbers[rows], counts[rows])
             else:
                 stats = work.sweep(rows, products)
-                block_loss, wanted = _differentiate(objective, stats, work.numbers[rows], work.has_target[rows])
+                block_loss, wanted = _differentiate(objective, stats, work.numbers[rows], counts[rows])
                 if work.wants_gradient():
                     work.spend(rows, products, gradient, stats, wanted)
             loss += block_loss
@@ -298,23 +302,28 @@ def _known_beforehand(objective: Objective, work: Pass) -> LinearWeights | None:
 
 
 def _differentiate(
-    objective: Objective, stats: RowStatistics, numbers: Tensor, has_target: Tensor
+    objective: Objective, stats: RowStatistics, numbers: Tensor, counts: Tensor
 ) -> tuple[Tensor, Coefficients]:
-    """Sum of the token losses, and its derivatives with respect to the statistics, on vectors."""
+    """Sum of the token losses of the rows that count, and its derivatives by their statistics, on vectors.
+
+    The objective gets copies: it may write on them.
+    """
     with torch.enable_grad():
-        logps = stats.logps.where(has_target, 0.0).detach().requires_grad_()
-        entropy = stats.entropy.detach().requires_grad_()
-        logsumexp = stats.logsumexp.detach().requires_grad_()
-        losses = objective(Tokens(logps, entropy, numbers, logsumexp))
+        logps = stats.logps.where(counts, 0.0).detach().requires_grad_()
+        entropy = stats.entropy.detach().clone().requires_grad_()
+        logsumexp = stats.logsumexp.detach().clone().requires_grad_()
+        losses = objective(Tokens(logps, entropy, numbers.clone(), logsumexp))
         if not isinstance(losses, Tensor) or losses.shape != logps.shape:
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(f"objective returned {got}; it must return one loss a row, {tuple(logps.shape)}")
-        loss = losses.where(has_target, 0.0).sum()
+        loss = losses.where(counts, 0.0).sum()
     wanted: tuple[Tensor | None, ...] = (None, None, None)
     if loss.requires_grad:
         wanted = torch.autograd.grad(loss, (logps, entropy, logsumexp), allow_unused=True)
-    d_logps = torch.zeros_like(logps) if wanted[0] is None else wanted[0]
-    return loss.detach(), Coefficients(d_logps, wanted[1], wanted[2])
+    # Masked again: the derivative of a masked loss by a NaN (an old log-probability that nobody has) is 0 * NaN.
+    d_logps, d_entropy, d_logsumexp = (None if d is None else d.where(counts, 0.0) for d in wanted)
+    d_logps = torch.zeros_like(stats.logps) if d_logps is None else d_logps
+    return loss.detach(), Coefficients(d_logps, d_entropy, d_logsumexp)
 
 
 # --- any upstream gradient: statistics out, logits recomputed in the backward ----------------------------------------

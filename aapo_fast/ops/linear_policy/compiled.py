@@ -33,10 +33,12 @@ def policy_loss(
     described = _describe(objective, tensors)
     if described is None:
         logps, entropy, logsumexp = logprobs(hidden, weight, bias, targets, call)
-        live = _live(targets, objective, call)
+        live, visited = _live_and_visited(targets, objective, call)
         rows = torch.arange(targets.numel(), device=targets.device)
-        loss = objective(Tokens(logps, entropy, rows, logsumexp)).where(live, 0.0).sum()
-        return loss, logps.detach().where(live, math.nan), entropy.detach().where(live, math.nan)
+        # Through `where`, a row without a loss sends back zero even if the objective makes NaN of it.
+        kept = [values.where(live, values.detach()) for values in (logps, entropy, logsumexp)]
+        loss = objective(Tokens(kept[0], kept[1], rows, kept[2])).where(live, 0.0).sum()
+        return loss, logps.detach().where(visited, math.nan), entropy.detach().where(visited, math.nan)
     options, row_temperature = _options(call)
     wanted = autograd.grads_wanted(hidden, weight, bias)
     loss, logps, entropy, *_ = _policy_loss(
@@ -51,11 +53,11 @@ def logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
     return _logprobs(hidden, weight, bias, targets, row_temperature, options, call.seed)
 
 
-def _live(targets: Tensor, objective: Objective, call: Call) -> Tensor:
-    live = targets != autograd.IGNORE_INDEX
-    active = getattr(objective, "active", None)
-    mask = active() if active is not None and call.drop_rows else None
-    return live if mask is None else live & mask
+def _live_and_visited(targets: Tensor, objective: Objective, call: Call) -> tuple[Tensor, Tensor]:
+    """(N,) bool: rows that have a loss, and rows whose log-probability is given."""
+    has_target, mask = targets != autograd.IGNORE_INDEX, autograd.active_rows(objective)
+    live = has_target if mask is None else has_target & mask
+    return live, live if call.drop_rows else has_target
 
 
 # --- what a graph can hold -------------------------------------------------------------------------------------------
@@ -96,6 +98,8 @@ def _describe(objective: Any, tensors: list[Tensor]) -> str | None:
     kind = type(objective)
     if not dataclasses.is_dataclass(objective) or "<locals>" in kind.__qualname__:
         return None
+    if not hasattr(objective, "__dict__") or len(vars(objective)) != len(dataclasses.fields(objective)):
+        return None  # it carries more than its fields
     fields = []
     for field in dataclasses.fields(objective):
         value = getattr(objective, field.name)
@@ -104,9 +108,12 @@ def _describe(objective: Any, tensors: list[Tensor]) -> str | None:
             tensors.append(value)
         elif value is None:
             text = "null"
+        elif isinstance(value, bool):
+            text = "true" if value else "false"
         elif isinstance(value, (int, float)):
             text = f'{{"number": {len(tensors)}}}'
-            tensors.append(torch.ones((), dtype=torch.float64) * value)
+            dtype = torch.int64 if isinstance(value, int) else torch.float64
+            tensors.append(torch.ones((), dtype=dtype) * value)
         else:
             nested = _describe(value, tensors)
             if nested is None:
@@ -117,8 +124,8 @@ def _describe(objective: Any, tensors: list[Tensor]) -> str | None:
 
 
 def _rebuild(described: Any, tensors: Sequence[Tensor]) -> Any:
-    if described is None:
-        return None
+    if described is None or isinstance(described, bool):
+        return described
     if "tensor" in described:
         return tensors[described["tensor"]]
     if "number" in described:
@@ -127,7 +134,11 @@ def _rebuild(described: Any, tensors: Sequence[Tensor]) -> Any:
     found: Any = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
-    return found(**{name: _rebuild(value, tensors) for name, value in described["fields"].items()})
+    # Not through its constructor: that has run, and what it did to the fields is in them.
+    rebuilt = object.__new__(found)
+    for field, value in described["fields"].items():
+        object.__setattr__(rebuilt, field, _rebuild(value, tensors))
+    return rebuilt
 
 
 def _autograd_within_an_operator() -> Any:
@@ -243,7 +254,9 @@ def _logprobs_backward(
 @_logprobs_backward.register_fake
 def _(hidden, weight, bias, targets, row_temperature, options, seed, d_logps, d_entropy, d_logsumexp, wanted):
     operands = (hidden, weight, bias)
-    return tuple(torch.empty_like(t) if want else hidden.new_empty(0) for t, want in zip(operands, wanted, strict=True))
+    return tuple(
+        t.new_empty(t.shape) if want else hidden.new_empty(0) for t, want in zip(operands, wanted, strict=True)
+    )
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aapo_fast.objectives import Objective, Tokens
-from aapo_fast.ops.linear_policy.autograd import IGNORE_INDEX, rows_to_visit, scattered
+from aapo_fast.ops.linear_policy.autograd import IGNORE_INDEX, active_rows, rows_to_visit, scattered
 from aapo_fast.ops.linear_policy.chunked import Call
 from aapo_fast.ops.linear_policy.statistics import compute_dtype
 
@@ -45,7 +45,9 @@ def policy_loss(
     """Loss with gradient; (N,) log-probabilities and entropies without, NaN in rows without target or weight."""
     logps, entropy, logsumexp = logprobs(hidden, weight, bias, targets, call)
     visited = rows_to_visit(targets, objective, call)
+    active = active_rows(objective)
     rows = torch.arange(targets.numel(), device=targets.device) if visited is None else visited
-    loss = objective(Tokens(logps[rows], entropy[rows], rows, logsumexp[rows])).sum()
+    losses = objective(Tokens(logps[rows], entropy[rows], rows, logsumexp[rows]))
+    loss = (losses if active is None else losses.where(active[rows], 0.0)).sum()
     logps, entropy = (scattered(v.detach()[rows], visited, targets.numel(), math.nan) for v in (logps, entropy))
     return loss, logps, entropy

@@ -35,9 +35,18 @@ class VocabularyShard:
     start: int
     vocab_size: int
 
+    def __post_init__(self) -> None:
+        if not (isinstance(self.start, int) and isinstance(self.vocab_size, int) and self.start >= 0):
+            raise ValueError(
+                f"VocabularyShard: start={self.start!r}, vocab_size={self.vocab_size!r}; "
+                "give the first token of this rank's part and the tokens of all parts, as ints"
+            )
+
     @classmethod
     def from_local(cls, num_rows: int, group: ProcessGroup) -> VocabularyShard:
         """The shard of a rank with ``num_rows`` rows of the weight, which may differ by rank. A collective call."""
+        if not isinstance(num_rows, int):
+            raise ValueError(f"VocabularyShard: num_rows is a {type(num_rows).__name__}; give weight.shape[0]")
         sizes: list[int] = [0] * dist.get_world_size(group)
         dist.all_gather_object(sizes, num_rows, group=group)
         return cls(group, sum(sizes[: dist.get_rank(group)]), sum(sizes))
