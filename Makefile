@@ -11,13 +11,16 @@ STAMP := $(VENV)/.installed
 TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo "torch>=2.10"; else echo "torch==2.13.0"; fi)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test lint types format doctor clean
+.PHONY: help quickstart test lint types format doctor native wheel sanitize clean
 
 help:
 	@echo "make quickstart   teach a small language model to add, on a CPU, in minutes"
 	@echo "make test         run the tests"
 	@echo "make lint types   what CI checks besides; make format mends the layout"
 	@echo "make doctor       what is installed and what will run"
+	@echo "make native       build the native CPU kernels again, and say why if that fails"
+	@echo "make wheel        a wheel with them, in dist/, for any Python and any torch from 2.10 on"
+	@echo "make sanitize     run the native kernels under the address and undefined-behaviour sanitizers"
 	@echo "make clean        remove .venv and build products (runs/ stays)"
 
 quickstart: $(STAMP)
@@ -39,6 +42,16 @@ format: $(STAMP)
 
 doctor: $(STAMP)
 	$(BIN)/aapo-fast doctor
+
+native: $(STAMP)
+	AAPO_FAST_NATIVE=cpu $(BIN)/python setup.py --quiet build_ext --inplace
+
+wheel: $(STAMP)
+	rm -rf build/lib* build/bdist*
+	AAPO_FAST_NATIVE=cpu $(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+sanitize:
+	csrc/check/run.sh
 
 # torch first and by itself: what comes after would otherwise bring another build of it.
 $(STAMP): pyproject.toml setup.py requirements/constraints.txt requirements/no-deps.txt

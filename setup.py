@@ -57,7 +57,7 @@ def compiler() -> list[str]:
     for command in [named.split()] if named else [["g++"], ["c++"], ["clang++"]]:
         if shutil.which(command[0]):
             return command
-    raise NotBuiltError(f"no C++ compiler ({named or 'g++'}) in PATH; install one (Debian, Ubuntu: apt-get install g++)")
+    raise NotBuiltError(f"no C++ compiler ({named or 'g++'}) in PATH; install one (apt-get install g++)")
 
 
 def find_torch() -> Path:
@@ -87,7 +87,7 @@ def find_torch() -> Path:
 
 
 def run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=SOURCES, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         sys.stderr.write(done.stderr)
         lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
@@ -114,12 +114,12 @@ def build_library() -> Path:
     cxx, torch = compiler(), find_torch()
     base = [*cxx, *FLAGS, *os.environ.get("CXXFLAGS", "").split()]
     jobs = {
-        f"kernels_{level}": [*base, *flags, f"-DAAPO_LEVEL={level}", "-c", str(SOURCES / "kernels.cpp")]
+        f"kernels_{level}": [*base, *flags, f"-DAAPO_LEVEL={level}", "-c", "kernels.cpp"]
         for level, flags in LEVELS.items()
     }
-    jobs |= {name: [*base, "-c", str(SOURCES / f"{name}.cpp")] for name in ("levels", "entries")}
+    jobs |= {name: [*base, "-c", f"{name}.cpp"] for name in ("levels", "entries")}
     headers = ["-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={TARGET}"]
-    jobs["operators"] = [*base, *headers, "-c", str(SOURCES / "operators.cpp")]
+    jobs["operators"] = [*base, *headers, "-c", "operators.cpp"]
     OBJECTS.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [str(path) for path in pool.map(compile_object, jobs, jobs.values())]
@@ -135,6 +135,7 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
+        remove_built(target.parent)
         try:
             if WISH == "off":
                 raise NotBuiltError("switched off by AAPO_FAST_NATIVE=off when aapo-fast was installed")
@@ -145,16 +146,21 @@ class BuildNative(build_ext):
             target.with_name(NOTE).write_text(f"{reason}\n")
             print(f"aapo-fast: no native CPU kernels, everything works without them: {reason}", file=sys.stderr)
 
+    def get_output_mapping(self) -> dict[str, str]:
+        """For editable installations: what was built, and where it goes among the sources."""
+        built = (Path(self.build_lib) / "aapo_fast" / "ops").glob("_native*")
+        return {str(path): str(ROOT / "aapo_fast" / "ops" / path.name) for path in built}
+
     def copy_extensions_to_source(self) -> None:
-        """For editable installations: what was built, and nothing older."""
-        package = ROOT / "aapo_fast" / "ops"
-        for old in [*package.glob("_native*.so"), package / NOTE]:
-            old.unlink(missing_ok=True)
-        super().copy_extensions_to_source()
-        note = Path(self.get_ext_fullpath("aapo_fast.ops._native")).with_name(NOTE)
-        built = Path(self.build_lib) / "aapo_fast" / "ops" / NOTE
-        if built.exists() and built != note:
-            self.copy_file(str(built), str(package / NOTE))
+        remove_built(ROOT / "aapo_fast" / "ops")
+        for built, source in self.get_output_mapping().items():
+            self.copy_file(built, source)
+
+
+def remove_built(folder: Path) -> None:
+    """An older build must not outlive the wish for another."""
+    for path in [*folder.glob("_native*.so"), folder / NOTE]:
+        path.unlink(missing_ok=True)
 
 
 class Wheel(bdist_wheel):
@@ -165,18 +171,22 @@ class Wheel(bdist_wheel):
         self.root_is_pure = WISH == "off"
 
 
-if WISH == "cuda":
-    raise SystemExit(
-        "error: AAPO_FAST_NATIVE=cuda cannot be met: there are no CUDA kernels, because on a GPU the row kernels are "
-        "Triton's and need no building (pip install triton); use AAPO_FAST_NATIVE=auto, cpu or off"
+def main() -> None:
+    if WISH == "cuda":
+        raise SystemExit(
+            "error: AAPO_FAST_NATIVE=cuda cannot be met: there are no CUDA kernels, because on a GPU the row kernels "
+            "are Triton's and need no building (pip install triton); use AAPO_FAST_NATIVE=auto, cpu or off"
+        )
+    if WISH not in ("auto", "cpu", "off"):
+        raise SystemExit(f"error: AAPO_FAST_NATIVE={WISH!r} is unknown; use auto, cpu, cuda or off")
+    # Free-threaded Pythons have no limited API; the library does not care, but the names of wheels do.
+    limited = not sysconfig.get_config_var("Py_GIL_DISABLED")
+    setup(
+        ext_modules=[Extension("aapo_fast.ops._native", ["csrc/operators.cpp"], py_limited_api=limited, optional=True)],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if limited else {},
     )
-if WISH not in ("auto", "cpu", "off"):
-    raise SystemExit(f"error: AAPO_FAST_NATIVE={WISH!r} is unknown; use auto, cpu, cuda or off")
 
-# Free-threaded Pythons have no limited API; the library does not care, but wheels do.
-limited = not sysconfig.get_config_var("Py_GIL_DISABLED")
-setup(
-    ext_modules=[Extension("aapo_fast.ops._native", ["csrc/operators.cpp"], py_limited_api=limited, optional=True)],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if limited else {},
-)
+
+if __name__ == "__main__":
+    main()

@@ -70,9 +70,8 @@ def check_temperature(temperature: float | Tensor, targets: Tensor) -> None:
     if temperature.requires_grad:
         raise ValueError("temperature requires a gradient, and gets none here; detach it")
     if temperature.is_cuda:
-        torch._assert_async(
-            ((temperature > 0) & temperature.isfinite()).all(), "temperature must be positive and finite"
-        )
+        good = ((temperature > 0) & temperature.isfinite()) | (targets == IGNORE_INDEX)
+        torch._assert_async(good.all(), "temperature must be positive and finite")
     elif not torch.compiler.is_compiling():
         bad = ~((temperature > 0) & temperature.isfinite()) & (targets != IGNORE_INDEX)
         if bad.any():
