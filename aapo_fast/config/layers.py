@@ -38,7 +38,7 @@ class LossConfig:
 
     entropy_bonus: float = option(0.0, "weight of the mean entropy of completion tokens, in nats; rewards exploration")
     z_loss: float = option(0.0, "weight of the mean squared log-sum-exp of the logits; 1e-4 keeps them from drifting")
-    implementation: Literal["auto", "torch", "triton", "reference"] = option(
+    implementation: Literal["auto", "torch", "triton", "native", "reference"] = option(
         "auto", "auto takes the fastest that runs here"
     )
     backward: Literal["exact", "sparse"] = option("exact", "sparse: unbiased sparse gradient rows")

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from aapo_fast.ops import native
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 IMPLEMENTATIONS = ("reference", "torch", "triton", "native")
 
@@ -42,8 +44,8 @@ def survey(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Can
     """
     return [
         _triton(device, dtype),
+        _native(device, dtype),
         Candidate("torch", True, f"chunked PyTorch, runs on {device.type}"),
-        Candidate("native", False, "not part of this version; use implementation='torch'"),
         Candidate("reference", True, "materialises all logits; for tests, never chosen by auto", automatic=False),
     ]
 
@@ -61,6 +63,18 @@ def _triton(device: torch.device, dtype: torch.dtype) -> Candidate:
     return Candidate("triton", False, f"needs an NVIDIA GPU, not {device.type}; use implementation='torch'")
 
 
+def _native(device: torch.device, dtype: torch.dtype) -> Candidate:
+    if device.type != "cpu":
+        return Candidate("native", False, f"its kernels are for CPUs, not {device.type}; use implementation='triton'")
+    if dtype != torch.float32:
+        return Candidate("native", False, f"its kernels compute in fp32, not {dtype}; use implementation='torch'")
+    reason = native.why_not()
+    if reason is not None:
+        return Candidate("native", False, f"{reason}; or use implementation='torch'")
+    return Candidate("native", True, f"row kernels in C++ ({native.LEVELS[native.level()]}), products from the vendor")
+
+
+@torch.compiler.assume_constant_result
 def resolve(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The implementation to run for the wish ``name``; other arguments as in ``survey``.
 

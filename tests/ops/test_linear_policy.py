@@ -233,7 +233,6 @@ def bad(match, error=ValueError, **changes):
         bad("temperature=nan", temperature=math.nan),
         bad("softcap=-1", softcap=-1.0),
         bad("implementation='cuda' is unknown", implementation="cuda"),
-        bad("implementation='native' is not available on cpu", RuntimeError, implementation="native"),
         bad("weight is on meta", weight=torch.randn(10, 8, device="meta")),
         bad("one loss a row", objective=lambda tokens: tokens.logps.sum()),
         bad("objective covers", objective=af.AAPO(torch.ones(1), torch.zeros(5, dtype=torch.int64), 4.0)),

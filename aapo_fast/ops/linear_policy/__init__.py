@@ -111,8 +111,8 @@ def linear_policy_loss(
             sparse ones. Not for the implementation "reference".
         sparsity_threshold: eps of the sparse rows, in (0, 1].
         seed: of the sample. Use another one at each step; the same one, on the same rows, gives the same gradient.
-        implementation: of the row kernels: "auto", "torch" (any device), "triton" (CUDA) or "reference" (materialises;
-            for tests).
+        implementation: of the row kernels: "auto", "torch" (any device), "triton" (CUDA), "native" (C++, CPU) or
+            "reference" (materialises; for tests).
         all_logps: compute log-probabilities of rows without weight too.
 
     Raises:

@@ -60,7 +60,7 @@ class Call:
         shard: this rank's part of a vocabulary-parallel head, or None.
         threshold: eps of sparse gradient rows, or None for exact ones.
         seed: of their sample.
-        implementation: of the row kernels, resolved: "torch" or "triton".
+        implementation: of the row kernels, resolved: "torch", "triton" or "native".
         drop_rows: leave out rows without weight; on a GPU, finding them waits for the device once.
         autocast: what hidden and weight are cast to, or None.
     """
@@ -246,6 +246,10 @@ def _row_kernels(call: Call, logits: Tensor) -> RowKernels:
         from aapo_fast.ops.linear_policy.rows_triton import TritonRows
 
         return TritonRows(logits, sparse=call.threshold is not None)
+    if call.implementation == "native":
+        from aapo_fast.ops.linear_policy.rows_native import NativeRows
+
+        return NativeRows(logits, sparse=call.threshold is not None)
     return TorchRows(logits)
 
 

@@ -1,0 +1,137 @@
+"""The row kernels in C++ (csrc/): a row is one thread's from its first column to its last, and stays in its cache.
+
+Letters: C rows of a block, V vocabulary, T tiles of a row, E entries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aapo_fast.ops import native
+from aapo_fast.ops.linear_policy.rows_torch import even_parts
+from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Partials, RowStatistics, Transform
+
+BLOCK_BYTES = 16 * 2**20
+"""Size of a block: what the second sweep reads again should still be in the cache that the cores share."""
+
+ROWS_A_THREAD = 4
+"""Rows that a block has at least for each thread."""
+
+TILE, PANEL = 64, 1024
+"""Columns of which sweep 1 keeps the sum, and the maximum; as in csrc/kernels.h."""
+
+DENSE_SHARE = 0.05
+"""From this share of the vocabulary on, sparse products cost more than dense ones. Measured on two cores it is 0.09
+(docs/LOG.md); the rest is kept in hand for processors that compute more for each byte they read."""
+
+
+class NativeRows:
+    """``RowKernels`` and ``OneLaunch`` for fp32 products on the CPU.
+
+    Args:
+        chunk: the (C, V) buffer that blocks are views of.
+        sparse: keep of each tile what ``sparse_gradient`` needs.
+
+    Raises:
+        ValueError: the products are not fp32.
+        RuntimeError: the native extension cannot be used.
+    """
+
+    def __init__(self, chunk: Tensor, sparse: bool = False) -> None:
+        if chunk.dtype != torch.float32:
+            raise ValueError(f"implementation='native' computes in fp32, not {chunk.dtype}; use implementation='torch'")
+        self._run, self._level = native.operators(), native.level()
+        rows, vocab = chunk.shape
+        fit = max(BLOCK_BYTES // max(1, 4 * vocab), ROWS_A_THREAD * torch.get_num_threads())
+        self.block_rows = even_parts(rows, fit)
+        kept = 2 * -(-vocab // TILE) + -(-vocab // PANEL)
+        self._tiles = chunk.new_empty(self.block_rows, kept) if sparse else None
+
+    def statistics(self, products: Tensor, targets: Tensor, transform: Transform) -> Partials:
+        partials = products.new_empty(4, products.shape[0])
+        self._run.statistics(*_block(products, targets, transform), partials, self._tiles, self._level)
+        return Partials(*partials)
+
+    def gradient(
+        self,
+        products: Tensor,
+        targets: Tensor,
+        rows: RowStatistics,
+        wanted: Coefficients,
+        transform: Transform,
+        out: Tensor,
+    ) -> None:
+        self._run.gradient(*_block(products, targets, transform), _wanted(rows, wanted), self._level)
+        _move(products, out)
+
+    def both_sweeps(
+        self, products: Tensor, targets: Tensor, weights: Tensor, index: Tensor, transform: Transform, out: Tensor
+    ) -> Partials:
+        partials = products.new_empty(4, products.shape[0])
+        on_logp = weights.float()[index].where(targets >= 0, 0.0)
+        self._run.both_sweeps(*_block(products, targets, transform), on_logp, partials, self._level)
+        _move(products, out)
+        return Partials(*partials)
+
+    def sparse_gradient(
+        self,
+        products: Tensor,
+        targets: Tensor,
+        rows: RowStatistics,
+        wanted: Coefficients,
+        transform: Transform,
+        threshold: float,
+        uniforms: Tensor,
+    ) -> Entries | None:
+        assert self._tiles is not None, "made without sparse=True"
+        num_rows = products.shape[0]
+        given = (
+            *_block(products, targets, transform), _wanted(rows, wanted), self._tiles, uniforms.contiguous(), threshold,
+        )  # fmt: skip
+        starts, expected = targets.new_zeros(num_rows + 1), uniforms.new_empty(num_rows, dtype=torch.float64)
+        self._run.count_entries(*given, starts[1:], expected, self._level)
+        # By the mean, which does not look at the uniforms: a choice that did would bias the sample.
+        if expected.sum().item() > DENSE_SHARE * products.numel():
+            return None
+        starts.cumsum_(0)
+        row = torch.empty(int(starts[-1]), dtype=torch.int32)
+        entries = Entries(row, torch.empty_like(row), torch.empty_like(row, dtype=torch.float32))
+        self._run.emit_entries(*given, starts, *entries, self._level)
+        return entries
+
+    def add_times_weight(self, entries: Entries, weight: Tensor, out: Tensor) -> None:
+        self._run.add_times_weight(*_compact(entries), _rows_contiguous(weight), out, self._level)
+
+    def add_transposed_times(self, entries: Entries, hidden: Tensor, out: Tensor) -> None:
+        self._run.add_transposed_times(*_compact(entries), _rows_contiguous(hidden), out, self._level)
+
+
+def _block(products: Tensor, targets: Tensor, transform: Transform) -> tuple[Any, ...]:
+    """The arguments that all sweeps begin with."""
+    t = transform.temperature
+    row_temperature = t.float().contiguous() if isinstance(t, Tensor) else products.new_full(targets.shape, float(t))
+    softcap = None if transform.softcap is None else float(transform.softcap)
+    return products, targets.contiguous(), row_temperature, float(transform.scale), softcap
+
+
+def _wanted(rows: RowStatistics, wanted: Coefficients) -> Tensor:
+    """(6, C): the statistics that sweep 2 needs, and the coefficients, zero where the objective has none."""
+    vectors = (rows.row_max, rows.total, rows.entropy, *wanted)
+    return torch.stack([torch.zeros_like(rows.total) if v is None else v for v in vectors])
+
+
+def _compact(entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
+    return entries.row.int(), entries.column.int(), entries.value
+
+
+def _rows_contiguous(factor: Tensor) -> Tensor:
+    return factor if factor.stride(1) == 1 else factor.contiguous()
+
+
+def _move(products: Tensor, out: Tensor) -> None:
+    """Gradient rows are made in place; ``out`` may be another buffer."""
+    if out.data_ptr() != products.data_ptr():
+        out.copy_(products)

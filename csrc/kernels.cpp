@@ -1,0 +1,68 @@
+// The kernels of one level of instructions: compiled once for each, with its flags and its name as AAPO_LEVEL.
+#include "gather.h"
+#include "sample.h"
+
+namespace aapo_fast {
+namespace {
+
+void statistics(const Block &block, const Partials &partials, const Tiles &tiles, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row)
+    statistics_of(block, row, RowTransform(block, row), partials, tiles.of(row));
+}
+
+void gradient(const Block &block, const Wanted &wanted, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row)
+    gradient_of(block, row, RowTransform(block, row), RowGradient(wanted, row));
+}
+
+void both_sweeps(const Block &block, const float *on_logp, const Partials &partials, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const RowTransform transform(block, row);
+    const Sums sums = statistics_of(block, row, transform, partials, Tiles{});
+    gradient_of(block, row, transform, RowGradient(on_logp[row], sums.row_max, float(sums.total)));
+  }
+}
+
+void count(const Block &block, const Wanted &wanted, const Tiles &tiles, const Sample &sample, int64_t *counts,
+           double *expected, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    Walk walk(block, wanted, tiles, sample, row);
+    count_row(walk, block.targets[row], counts + row, expected + row);
+  }
+}
+
+void emit(const Block &block, const Wanted &wanted, const Tiles &tiles, const Sample &sample, const int64_t *starts,
+          const Entries &entries, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    Walk walk(block, wanted, tiles, sample, row);
+    Writer writer{entries, int32_t(row), starts[row], starts[row + 1]};
+    emit_row(walk, row, block.targets[row], writer);
+  }
+}
+
+void add_gathered(const Gather &gather, int64_t begin, int64_t end) {
+  switch (gather.type) {
+  case Type::FP32:
+    return add_segments<Fp32>(gather, begin, end);
+  case Type::BF16:
+    return add_segments<Bf16>(gather, begin, end);
+  case Type::FP16:
+    return add_segments<Fp16>(gather, begin, end);
+  }
+}
+
+void exp_of(const float *x, float *out, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += WIDTH) {
+    const int64_t n = least(WIDTH, end - i);
+    store(out + i, exp(load(x + i, n)), n);
+  }
+}
+
+} // namespace
+
+#define AAPO_JOIN(a, b) a##b
+#define AAPO_NAME(level) AAPO_JOIN(kernels_, level)
+extern const Kernels AAPO_NAME(AAPO_LEVEL);
+const Kernels AAPO_NAME(AAPO_LEVEL) = {statistics, gradient, both_sweeps, count, emit, add_gathered, exp_of};
+
+} // namespace aapo_fast

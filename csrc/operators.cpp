@@ -1,0 +1,203 @@
+// The seam between PyTorch and the kernels: operators of the namespace aapo_fast_native, over PyTorch's stable ABI.
+//
+// Nothing else in csrc/ knows PyTorch. Python's side of the seam is aapo_fast/ops/native.py, which loads this library
+// and gives the operators their fake implementations; INTERFACE there and here must agree.
+//
+// All operators write into tensors that they are given, so that memory is PyTorch's business. `level` is a number of
+// kernels.h. Matrices may have any row stride; vectors are contiguous.
+
+#include "entries.h"
+#include "operands.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+
+namespace aapo_fast {
+namespace {
+
+constexpr int64_t INTERFACE = 1;
+constexpr int64_t GRAIN = 1 << 15; // logits below which a second thread costs more than it brings
+
+// Calls work(begin, end) for parts of the rows, on PyTorch's threads.
+template <class Work> void over_rows(const Block &block, const Work &work) {
+  torch::stable::parallel_for(0, block.num_rows, std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, block.vocab)), work);
+}
+
+// --- operators: the sweeps -------------------------------------------------------------------------------------------
+
+void statistics(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
+                std::optional<double> softcap, const Tensor &partials, const std::optional<Tensor> &tiles,
+                int64_t level) {
+  const Kernels &k = kernels(level);
+  const Block block = block_of(products, targets, temperature, scale, softcap);
+  const Partials to = partials_of(partials, block);
+  const Tiles kept = tiles.has_value() ? tiles_of(*tiles, block) : Tiles{};
+  over_rows(block, [&](int64_t begin, int64_t end) { k.statistics(block, to, kept, begin, end); });
+}
+
+void gradient(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
+              std::optional<double> softcap, const Tensor &wanted, int64_t level) {
+  const Kernels &k = kernels(level);
+  const Block block = block_of(products, targets, temperature, scale, softcap);
+  const Wanted w = wanted_of(wanted, block);
+  over_rows(block, [&](int64_t begin, int64_t end) { k.gradient(block, w, begin, end); });
+}
+
+void both_sweeps(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
+                 std::optional<double> softcap, const Tensor &on_logp, const Tensor &partials, int64_t level) {
+  const Kernels &k = kernels(level);
+  const Block block = block_of(products, targets, temperature, scale, softcap);
+  const Partials to = partials_of(partials, block);
+  const float *a = vector_of<float>(on_logp, block.num_rows, "on_logp");
+  over_rows(block, [&](int64_t begin, int64_t end) { k.both_sweeps(block, a, to, begin, end); });
+}
+
+// --- operators: sparse rows ------------------------------------------------------------------------------------------
+
+void count_entries(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
+                   std::optional<double> softcap, const Tensor &wanted, const Tensor &tiles, const Tensor &uniforms,
+                   double threshold, const Tensor &counts, const Tensor &expected, int64_t level) {
+  const Kernels &k = kernels(level);
+  const Block block = block_of(products, targets, temperature, scale, softcap);
+  const Wanted w = wanted_of(wanted, block);
+  const Tiles kept = tiles_of(tiles, block);
+  const Sample sample = sample_of(uniforms, threshold, block);
+  int64_t *to = vector_of<int64_t>(counts, block.num_rows, "counts");
+  double *mean = vector_of<double>(expected, block.num_rows, "expected");
+  over_rows(block, [&](int64_t begin, int64_t end) { k.count(block, w, kept, sample, to, mean, begin, end); });
+}
+
+void emit_entries(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
+                  std::optional<double> softcap, const Tensor &wanted, const Tensor &tiles, const Tensor &uniforms,
+                  double threshold, const Tensor &starts, const Tensor &row, const Tensor &column, const Tensor &value,
+                  int64_t level) {
+  const Kernels &k = kernels(level);
+  const Block block = block_of(products, targets, temperature, scale, softcap);
+  const Wanted w = wanted_of(wanted, block);
+  const Tiles kept = tiles_of(tiles, block);
+  const Sample sample = sample_of(uniforms, threshold, block);
+  const int64_t *slots = vector_of<int64_t>(starts, block.num_rows + 1, "starts");
+  const int64_t count = row.numel();
+  STD_TORCH_CHECK(slots[0] == 0 && slots[block.num_rows] == count && std::is_sorted(slots, slots + block.num_rows + 1),
+                  "aapo_fast_native: starts must ascend from 0 to the number of entries");
+  const Entries to{vector_of<int32_t>(row, count, "row"), vector_of<int32_t>(column, count, "column"),
+                   vector_of<float>(value, count, "value")};
+  over_rows(block, [&](int64_t begin, int64_t end) { k.emit(block, w, kept, sample, slots, to, begin, end); });
+}
+
+// --- operators: the sparse products ----------------------------------------------------------------------------------
+
+void add_gathered(const Kernels &k, const Gather &g, int64_t num_segments) {
+  const int64_t parts = g.starts[num_segments] * g.width < GRAIN ? 1 : torch::stable::get_num_threads();
+  const auto cuts = even_cuts(g.starts, num_segments, parts);
+  torch::stable::parallel_for(
+      0, parts, 1, [&](int64_t begin, int64_t end) { k.add_gathered(g, cuts[size_t(begin)], cuts[size_t(end)]); });
+}
+
+struct Given {
+  const int32_t *row, *column;
+  const float *value;
+  int64_t count;
+
+  Given(const Tensor &row, const Tensor &column, const Tensor &value, int64_t num_rows, int64_t num_columns)
+      : row(vector_of<int32_t>(row, value.numel(), "row")), column(vector_of<int32_t>(column, value.numel(), "column")),
+        value(vector_of<float>(value, value.numel(), "value")), count(value.numel()) {
+    STD_TORCH_CHECK(all_below(this->row, count, num_rows) && all_below(this->column, count, num_columns),
+                    "aapo_fast_native: an entry lies outside the ", num_rows, " rows or ", num_columns, " columns");
+  }
+};
+
+void add_times_weight(const Tensor &row, const Tensor &column, const Tensor &value, const Tensor &weight,
+                      const Tensor &out, int64_t level) {
+  const Kernels &k = kernels(level);
+  Gather g = gather_of(weight, out);
+  const int64_t num_rows = out.size(0);
+  const Given given(row, column, value, num_rows, weight.size(0));
+  STD_TORCH_CHECK(ascending(given.row, given.count), "aapo_fast_native: entries must come row by row");
+  const auto starts = starts_of(given.row, given.count, num_rows);
+  g.starts = starts.data();
+  g.index = given.column;
+  g.value = given.value;
+  add_gathered(k, g, num_rows);
+}
+
+void add_transposed_times(const Tensor &row, const Tensor &column, const Tensor &value, const Tensor &hidden,
+                          const Tensor &out, int64_t level) {
+  const Kernels &k = kernels(level);
+  Gather g = gather_of(hidden, out);
+  const int64_t num_columns = out.size(0);
+  const Given given(row, column, value, hidden.size(0), num_columns);
+  const Segments by_column = sorted(given.column, given.row, given.value, given.count, num_columns);
+  g.starts = by_column.starts.data();
+  g.index = by_column.index.data();
+  g.value = by_column.value.data();
+  add_gathered(k, g, num_columns);
+}
+
+// --- operators: for tests and for doctor -----------------------------------------------------------------------------
+
+void exp(const Tensor &x, const Tensor &out, int64_t level) {
+  const Kernels &k = kernels(level);
+  const float *from = vector_of<float>(x, x.numel(), "x");
+  float *to = vector_of<float>(out, x.numel(), "out");
+  torch::stable::parallel_for(0, x.numel(), GRAIN, [&](int64_t begin, int64_t end) { k.exp(from, to, begin, end); });
+}
+
+int64_t interface() { return INTERFACE; }
+
+// "compiler; levels that run here, the best first".
+std::string describe() {
+#ifdef __clang__
+  std::string said = "clang " __clang_version__ ";";
+#else
+  std::string said = "g++ " __VERSION__ ";";
+#endif
+  for (int64_t level = NUM_LEVELS - 1; level >= 0; --level)
+    if (kernels_of(level) != nullptr)
+      said += std::string(" ") + LEVEL_NAMES[level];
+  return said;
+}
+
+} // namespace
+} // namespace aapo_fast
+
+// (C, V) products; targets (C,) int64, temperature (C,); wanted (6, C): row_max, total, entropy, and d loss / d
+// log-probability, entropy and log-sum-exp; partials (4, C): row_max, total, weighted, target.
+#define AAPO_BLOCK "Tensor targets, Tensor temperature, float scale, float? softcap"
+#define AAPO_SAMPLE "Tensor wanted, Tensor tiles, Tensor uniforms, float threshold"
+
+STABLE_TORCH_LIBRARY(aapo_fast_native, m) {
+  m.def("statistics(Tensor products, " AAPO_BLOCK ", Tensor(a!) partials, Tensor(b!)? tiles, int level) -> ()");
+  m.def("gradient(Tensor(a!) products, " AAPO_BLOCK ", Tensor wanted, int level) -> ()");
+  m.def("both_sweeps(Tensor(a!) products, " AAPO_BLOCK ", Tensor on_logp, Tensor(b!) partials, int level) -> ()");
+  m.def("count_entries(Tensor products, " AAPO_BLOCK ", " AAPO_SAMPLE
+        ", Tensor(a!) counts, Tensor(b!) expected, int level) -> ()");
+  m.def("emit_entries(Tensor products, " AAPO_BLOCK ", " AAPO_SAMPLE
+        ", Tensor starts, Tensor(a!) row, Tensor(b!) column, Tensor(c!) value, int level) -> ()");
+  m.def("add_times_weight(Tensor row, Tensor column, Tensor value, Tensor weight, Tensor(a!) out, int level) -> ()");
+  m.def(
+      "add_transposed_times(Tensor row, Tensor column, Tensor value, Tensor hidden, Tensor(a!) out, int level) -> ()");
+  m.def("exp(Tensor x, Tensor(a!) out, int level) -> ()");
+  m.def("interface() -> int");
+  m.def("describe() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(aapo_fast_native, CPU, m) {
+  m.impl("statistics", TORCH_BOX(&aapo_fast::statistics));
+  m.impl("gradient", TORCH_BOX(&aapo_fast::gradient));
+  m.impl("both_sweeps", TORCH_BOX(&aapo_fast::both_sweeps));
+  m.impl("count_entries", TORCH_BOX(&aapo_fast::count_entries));
+  m.impl("emit_entries", TORCH_BOX(&aapo_fast::emit_entries));
+  m.impl("add_times_weight", TORCH_BOX(&aapo_fast::add_times_weight));
+  m.impl("add_transposed_times", TORCH_BOX(&aapo_fast::add_transposed_times));
+  m.impl("exp", TORCH_BOX(&aapo_fast::exp));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(aapo_fast_native, CompositeExplicitAutograd, m) {
+  m.impl("interface", TORCH_BOX(&aapo_fast::interface));
+  m.impl("describe", TORCH_BOX(&aapo_fast::describe));
+}

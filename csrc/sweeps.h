@@ -1,0 +1,162 @@
+// The two sweeps over a row: statistics, and the dense gradient in place of the products.
+#pragma once
+
+#include "functions.h"
+
+namespace aapo_fast {
+namespace {
+
+constexpr float LOWEST = -1e34f; // stands for minus infinity where differences are taken: finite times any count
+
+// --- sweep 1 ---------------------------------------------------------------------------------------------------------
+
+struct Sums {
+  float row_max = LOWEST;
+  double total = 0, weighted = 0; // sums of exp(z - row_max), and of that times (z - row_max)
+};
+
+// Logits of n columns of x to z, and -inf beyond up to a whole tile. Returns the largest.
+template <bool CAPPED> AAPO_INLINE float logits_to(float *z, const float *x, int64_t n, const RowTransform &transform) {
+  Floats top = all(LOWEST);
+  int64_t i = 0;
+  for (; i + WIDTH <= n; i += WIDTH) {
+    const Floats v = transform.of<CAPPED>(load(x + i)).z;
+    store(z + i, v);
+    top = larger(v, top);
+  }
+  if (i < n) {
+    const Floats v = first_lanes(transform.of<CAPPED>(load(x + i, n - i)).z, n - i, -__builtin_inff());
+    store(z + i, v);
+    top = larger(v, top);
+    i += WIDTH;
+  }
+  for (; i % TILE != 0; i += WIDTH)
+    store(z + i, all(-__builtin_inff()));
+  return largest(top);
+}
+
+// A panel is summed in fp32 from its own maximum; panels join in double. A total near one that took hundreds of
+// roundings would cost a peaked row the last digits of its log-probability.
+AAPO_INLINE void join(Sums &row, float top, double mass, double pull) {
+  if (top > row.row_max) {
+    const double gap = double(row.row_max) - top, factor = __builtin_exp(gap);
+    row.weighted = factor * (row.weighted + gap * row.total);
+    row.total *= factor;
+    row.row_max = top;
+  }
+  const double gap = double(top) - row.row_max, factor = gap == 0 ? 1.0 : __builtin_exp(gap);
+  row.total += factor * mass;
+  row.weighted += factor * (pull + gap * mass);
+}
+
+// Sweep 1 over x; `tiles` are those of this row.
+template <bool CAPPED, bool KEEP>
+Sums sweep_1(const float *x, int64_t vocab, const RowTransform &transform, const Tiles &tiles) {
+  alignas(64) float z[PANEL];
+  Sums row;
+  for (int64_t start = 0; start < vocab; start += PANEL) {
+    const int64_t n = least(PANEL, vocab - start);
+    const float top = logits_to<CAPPED>(z, x + start, n, transform);
+    Floats pull{};
+    double panel_mass = 0;
+    for (int64_t tile = 0; tile < n; tile += TILE) {
+      Floats mass{}, peak{};
+      for (int64_t i = tile; i < tile + TILE; i += WIDTH) {
+        Floats shifted = load(z + i) - top;
+        const Floats e = exp_and_cut(shifted);
+        mass += e;
+        if constexpr (KEEP)
+          peak = larger(e, peak);
+        pull = multiply_add(e, shifted, pull);
+      }
+      const float summed = sum(mass);
+      panel_mass += summed;
+      if constexpr (KEEP) {
+        tiles.mass[(start + tile) / TILE] = summed;
+        tiles.peak[(start + tile) / TILE] = largest(peak);
+      }
+    }
+    if constexpr (KEEP)
+      tiles.level[start / PANEL] = top;
+    join(row, top, panel_mass, sum(pull));
+  }
+  return row;
+}
+
+// The logit of one column and its slope.
+AAPO_INLINE Logits logits_at(const Block &block, int64_t row, int64_t column, const RowTransform &transform) {
+  const Floats x = all(block.products[row * block.stride + column]);
+  return block.softcap != 0 ? transform.of<true>(x) : transform.of<false>(x);
+}
+
+AAPO_INLINE Sums statistics_of(const Block &block, int64_t row, const RowTransform &transform, const Partials &partials,
+                               const Tiles &tiles) {
+  const bool capped = block.softcap != 0, keep = tiles.mass != nullptr;
+  const auto sweep = capped ? (keep ? sweep_1<true, true> : sweep_1<true, false>)
+                            : (keep ? sweep_1<false, true> : sweep_1<false, false>);
+  const Sums sums = sweep(block.products + row * block.stride, block.vocab, transform, tiles);
+  const int64_t target = block.targets[row];
+  partials.row_max[row] = sums.row_max;
+  partials.total[row] = float(sums.total);
+  partials.weighted[row] = float(sums.weighted);
+  partials.target[row] = target < 0 ? -__builtin_inff() : logits_at(block, row, target, transform).z[0];
+  return sums;
+}
+
+// --- sweep 2 ---------------------------------------------------------------------------------------------------------
+
+// d loss / d z_v = a (onehot_v - p_v) - b p_v (log p_v + H) + c p_v, with a, b, c the derivatives by log-probability,
+// entropy and log-sum-exp.
+struct RowGradient {
+  float a = 0, b = 0, c = 0;
+  float row_max, inverse; // p_v = exp(z_v - row_max) inverse
+  float offset;           // log p_v + H = z_v - row_max + offset
+
+  RowGradient(float on_logp, float row_max, float total) : a(on_logp), row_max(row_max), inverse(1.0f / total) {}
+
+  RowGradient(const Wanted &wanted, int64_t row)
+      : RowGradient(wanted.on_logp[row], wanted.row_max[row], wanted.total[row]) {
+    b = wanted.on_entropy[row];
+    c = wanted.on_logsumexp[row];
+    offset = float(wanted.entropy[row] - __builtin_log(double(wanted.total[row])));
+  }
+
+  // Whether anything depends on the row; NaN does.
+  bool live() const { return a != 0 || b != 0 || c != 0; }
+
+  // d loss / d z_v over p_v, but for the target's own part.
+  float factor(float shifted) const { return c - a - b * (shifted + offset); }
+};
+
+template <bool CAPPED, bool ENTROPY>
+void sweep_2(float *x, int64_t vocab, const RowTransform &transform, const RowGradient &row) {
+  const Floats on_every = all((row.c - row.a) * row.inverse), on_log = all(-row.b * row.inverse);
+  for (int64_t i = 0; i < vocab; i += WIDTH) {
+    const int64_t n = least(WIDTH, vocab - i);
+    const Logits logits = transform.of<CAPPED>(load(x + i, n));
+    Floats shifted = logits.z - row.row_max;
+    const Floats e = exp_and_cut(shifted);
+    const Floats share = ENTROPY ? multiply_add(on_log, shifted + row.offset, on_every) : on_every;
+    store(x + i, e * share * logits.slope, n);
+  }
+}
+
+AAPO_INLINE void gradient_of(const Block &block, int64_t row, const RowTransform &transform,
+                             const RowGradient &wanted) {
+  float *x = block.products + row * block.stride;
+  if (!wanted.live()) {
+    memset(x, 0, size_t(block.vocab) * 4);
+    return;
+  }
+  const int64_t target = block.targets[row];
+  const float at_target = target < 0 ? 0 : wanted.a * logits_at(block, row, target, transform).slope[0];
+  if (block.softcap != 0)
+    (wanted.b != 0 ? sweep_2<true, true> : sweep_2<true, false>)(x, block.vocab, transform, wanted);
+  else
+    (wanted.b != 0 ? sweep_2<false, true> : sweep_2<false, false>)(x, block.vocab, transform, wanted);
+  if (target >= 0)
+    x[target] += at_target;
+}
+
+} // namespace
+} // namespace aapo_fast

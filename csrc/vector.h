@@ -1,0 +1,125 @@
+// Vectors as wide as a register of the level, in the vector extension of GCC and Clang: one source for every width.
+//
+// Everything here and in the headers that build on it has internal linkage. A function that two levels shared would be
+// merged by the linker, and a machine without AVX-512 could meet AVX-512 code; for the same reason these headers use no
+// template of the standard library.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#ifndef AAPO_WIDTH
+#if defined(__AVX512F__)
+#define AAPO_WIDTH 16
+#elif defined(__AVX2__)
+#define AAPO_WIDTH 8
+#else
+#define AAPO_WIDTH 4
+#endif
+#endif
+
+#define AAPO_INLINE inline __attribute__((always_inline))
+
+namespace aapo_fast {
+namespace {
+
+constexpr int64_t WIDTH = AAPO_WIDTH;
+
+typedef float Floats __attribute__((vector_size(4 * AAPO_WIDTH)));
+typedef uint32_t Bits __attribute__((vector_size(4 * AAPO_WIDTH)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * AAPO_WIDTH)));
+
+AAPO_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// x - 0 is x, also for -0 and NaN, so this costs nothing but the broadcast.
+AAPO_INLINE Floats all(float x) { return x - Floats{}; }
+
+// --- memory, at any alignment ----------------------------------------------------------------------------------------
+
+AAPO_INLINE Floats load(const float *p) {
+  Floats v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+AAPO_INLINE void store(float *p, Floats v) { memcpy(p, &v, sizeof v); }
+
+// The first n lanes, 0 < n <= WIDTH; zeros beyond.
+AAPO_INLINE Floats load(const float *p, int64_t n) {
+  if (n == WIDTH)
+    return load(p);
+  Floats v{};
+  memcpy(&v, p, size_t(n) * 4);
+  return v;
+}
+
+AAPO_INLINE void store(float *p, Floats v, int64_t n) {
+  if (n == WIDTH)
+    store(p, v);
+  else
+    memcpy(p, &v, size_t(n) * 4);
+}
+
+// --- arithmetic ------------------------------------------------------------------------------------------------------
+
+// a * b + c, fused where the level has it. Nothing else is: the compiler is told not to contract (setup.py), because a
+// logit that is rounded in sweep 1 and not in sweep 2 would cost peaked rows the digits of 1 - p.
+AAPO_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+#if AAPO_WIDTH == 16 && defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif AAPO_WIDTH == 8 && defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// Where a is NaN: b. So a running maximum passes NaN over, and a lower bound on the left keeps it.
+AAPO_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+AAPO_INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+
+// Lanes from n on replaced.
+AAPO_INLINE Floats first_lanes(Floats v, int64_t n, float beyond) {
+  for (int64_t lane = n; lane < WIDTH; ++lane)
+    v[lane] = beyond;
+  return v;
+}
+
+template <int N> struct Lanes {
+  typedef float type __attribute__((vector_size(4 * N)));
+};
+
+// Sum and maximum of all lanes, by halves.
+template <int N> AAPO_INLINE float sum_of(typename Lanes<N>::type v) {
+  if constexpr (N == 2) {
+    return v[0] + v[1];
+  } else {
+    typename Lanes<N / 2>::type low, high;
+    memcpy(&low, &v, sizeof low);
+    memcpy(&high, reinterpret_cast<const char *>(&v) + sizeof low, sizeof high);
+    return sum_of<N / 2>(low + high);
+  }
+}
+
+template <int N> AAPO_INLINE float largest_of(typename Lanes<N>::type v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else if constexpr (N == 2) {
+    return v[0] > v[1] ? v[0] : v[1];
+  } else {
+    typename Lanes<N / 2>::type low, high;
+    memcpy(&low, &v, sizeof low);
+    memcpy(&high, reinterpret_cast<const char *>(&v) + sizeof low, sizeof high);
+    return largest_of<N / 2>(low > high ? low : high);
+  }
+}
+
+AAPO_INLINE float sum(Floats v) { return sum_of<AAPO_WIDTH>(v); }
+AAPO_INLINE float largest(Floats v) { return largest_of<AAPO_WIDTH>(v); }
+
+} // namespace
+} // namespace aapo_fast
