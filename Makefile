@@ -18,6 +18,7 @@ help:
 	@echo "make test         run the tests"
 	@echo "make lint types   what CI checks besides; make format mends the layout"
 	@echo "make doctor       what is installed and what will run"
+	@echo "make native       build the C++ kernels again; make wheel an abi3 wheel; make sanitize checks their memory accesses"
 	@echo "make native       build the native CPU kernels again, and say why if that fails"
 	@echo "make wheel        a wheel with them, in dist/, for any Python and any torch from 2.10 on"
 	@echo "make sanitize     run the native kernels under the address and undefined-behaviour sanitizers"
@@ -54,7 +55,7 @@ sanitize:
 	csrc/check/run.sh
 
 # torch first and by itself: what comes after would otherwise bring another build of it.
-$(STAMP): pyproject.toml setup.py requirements/constraints.txt requirements/no-deps.txt
+$(STAMP): pyproject.toml setup.py requirements/constraints.txt requirements/no-deps.txt $(wildcard csrc/*.h csrc/*.cpp)
 	@$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 13)' 2>/dev/null || \
 	  { echo "error: '$(PYTHON)' is missing or not Python 3.10 to 3.13; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \

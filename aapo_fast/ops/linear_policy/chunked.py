@@ -123,6 +123,7 @@ class Pass:
             zeros(weight.shape) if wanted[1] else None,
             zeros(weight.shape[:1]) if wanted[2] else None,
         )
+        self._uniforms = numbers if call.threshold is None else row_uniforms(call.seed, numbers)
         self._dense_blocks: list[slice] = []
         self._entries: list[tuple[slice, Entries]] = []
 
@@ -187,8 +188,7 @@ class Pass:
         """Sweep 2 of a block: sparse gradient rows are kept for ``flush``, dense ones for the end of the chunk."""
         sweep = (products, self.targets[rows], stats, wanted, self.transform.of(rows))
         if self.call.threshold is not None:
-            uniforms = row_uniforms(self.call.seed, self.numbers[rows])
-            entries = self.kernels.sparse_gradient(*sweep, self.call.threshold, uniforms)
+            entries = self.kernels.sparse_gradient(*sweep, self.call.threshold, self._uniforms[rows])
             if entries is not None:
                 self._entries.append((rows, entries))
                 return
