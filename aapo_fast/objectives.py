@@ -11,7 +11,7 @@ Three methods are optional:
 
     active() -> (N,) bool or None     rows for which it is False have no loss and no gradient whatever their
                                       log-probability is; they are dropped before the first matrix product
-    linear() -> LinearWeights or None the loss is ``weights[index[row]] * logp``: known before the row is, so a kernel
+    linear() -> LinearWeights or None a loss ``weights[sequence_index[row]] * logp`` is known before its row: a kernel
                                       can sweep it twice in one launch
     num_rows() -> int or None         N of the tensors it was built with, checked against the call's
 

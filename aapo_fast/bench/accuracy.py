@@ -38,6 +38,7 @@ class Data:
 
 
 def synthetic(case: Case, device: torch.device, seed: int) -> Data:
+    """The random problem of a case."""
     return Data(case, lambda: inputs.make_problem(case, device, seed))
 
 

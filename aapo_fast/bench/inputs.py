@@ -122,6 +122,7 @@ def logit_blocks(
 
 
 def soft_capped(z: Tensor, softcap: float | None) -> Tensor:
+    """``c tanh(z / c)``, or z itself without a cap."""
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 

@@ -28,6 +28,7 @@ PEAK_IS_RESET_WITHIN = 64 * 2**20
 
 
 def gradient_bytes(problem: Problem) -> int:
+    """Bytes of dX and dW in the dtypes of their operands."""
     return sum(t.numel() * t.element_size() for t in (problem.hidden, problem.weight))
 
 
@@ -121,6 +122,7 @@ def _limit_address_space() -> None:
 
 
 def main() -> None:
+    """The child process: one order as JSON in, one line of JSON out."""
     order = json.loads(sys.argv[1])
     torch.set_num_threads(order["threads"])
     case = order["case"]

@@ -60,6 +60,7 @@ def needs(condition: bool, reason: str) -> None:
 
 
 def needs_cuda(problem: Problem) -> None:
+    """Raise UnavailableError unless the problem is on a GPU."""
     needs(problem.hidden.is_cuda, "needs CUDA")
 
 

@@ -77,10 +77,9 @@ def every_name() -> list[str]:
 
 def other_implementations(device: torch.device) -> list[str]:
     """Names of ours in every implementation that runs on the device and that ``auto`` does not take."""
-    available = [candidate.name for candidate in dispatch.survey(device) if candidate.available]
-    return [
-        f"{base}:{name}" for name in available[1:] if name != "reference" for base in ("exact", "sparse-13", "logprobs")
-    ]
+    taken = dispatch.resolve("auto", device)
+    others = [c.name for c in dispatch.survey(device) if c.available and c.name not in (taken, "reference")]
+    return [f"{base}:{name}" for name in others for base in ("exact", "sparse-13", "logprobs")]
 
 
 def find(names: list[str]) -> list[Method]:

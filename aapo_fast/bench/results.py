@@ -92,6 +92,7 @@ class Result:
 
 
 def save(result: Result, path: Path) -> None:
+    """Write a result as JSON; numbers that are not finite become null."""
     content = {"schema": SCHEMA, **asdict(result)}
     path.write_text(json.dumps(_finite(content), indent=1) + "\n", encoding="utf-8")
 

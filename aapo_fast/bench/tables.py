@@ -22,6 +22,7 @@ LEGENDS = {
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -39,6 +40,7 @@ def full(result: Result) -> str:
 
 
 def case_table(case: CaseResult, kind: str = "head") -> str:
+    """Every method of one case, with what could not run beneath. ``kind`` is "head" or "accuracy"."""
     head, cells = (HEAD_COLUMNS, _head_cells) if kind == "head" else (ACCURACY_COLUMNS, _accuracy_cells)
     shown = [row for row in case.rows if row.status not in ("unavailable", "left out", "failed")]
     hidden = [f"{row.title}: {row.reason}" for row in case.rows if row not in shown]

@@ -217,13 +217,14 @@ def test_rows_that_are_not_active_have_no_loss_even_if_they_are_visited():
 
 
 @pytest.mark.parametrize("backward", ["exact", "sparse"])
+@pytest.mark.parametrize("implementation", ["torch", "auto"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 3e38])
-def test_what_is_not_finite_is_not_hidden(poison, backward):
+def test_what_is_not_finite_is_not_hidden(poison, implementation, backward):
     """A gradient scaler and a clipped norm must see it."""
     hidden, weight, targets, _ = problem(12, 8, 17, dtype=torch.float32)
     with torch.no_grad():
         hidden[1, 2] = poison
-    out, (dx, dw) = run("torch", (hidden, weight, targets, None), af.SFT(12.0), backward=backward)
+    out, (dx, dw) = run(implementation, (hidden, weight, targets, None), af.SFT(12.0), backward=backward)
     assert not out.loss.isfinite() and not dx.isfinite().all() and not dw.isfinite().all()
 
 
