@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,8 @@ import torch
 
 from aapo_fast.bench.inputs import Problem
 from aapo_fast.bench.method import Run
+
+MOST_TOUCHED_BYTES = 4 * 2**30
 
 
 class Deadline:
@@ -28,6 +31,7 @@ def seconds_of(run: Run, problem: Problem) -> float:
     """One forward and backward, with device events on CUDA. Gradients of the run before are freed outside the time."""
     problem.clear_gradients()
     if not problem.hidden.is_cuda:
+        _touch_free_memory(problem)
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
@@ -38,6 +42,16 @@ def seconds_of(run: Run, problem: Problem) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
+
+
+def _touch_free_memory(problem: Problem) -> None:
+    """Write once on as much memory as a method may ask for, and free it again.
+
+    A virtual machine hands memory that is free for a while back to its host, and gets it back at a page fault each:
+    whichever method came after the floors, which allocate nothing, took 1.5 s longer at V = 151,936 (docs/LOG.md).
+    """
+    logits = problem.num_rows * problem.weight.shape[0] * 4
+    torch.zeros(min(logits + 2 * problem.weight.numel() * 4, MOST_TOUCHED_BYTES) // 4)
 
 
 @dataclass(frozen=True)
@@ -56,20 +70,23 @@ def alternate(
     deadline: Deadline,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Timing:
-    """Time ``rounds`` rounds after ``warmup`` uncounted ones. Past the deadline it stops, between rounds alone.
+    """Time ``rounds`` rounds after ``warmup`` uncounted ones, each in an order of its own, so that nobody always comes
+    after the same one. Past the deadline it stops, between rounds alone.
 
     A method that raises is out of the rounds from then on. At least one counted round is done.
     """
     timing = Timing({name: [] for name in runs}, {})
+    order, shuffle = list(runs), random.Random(0).shuffle
     for number in range(warmup + rounds):
         longest = sum(max(times) for times in timing.seconds.values() if times)
         if number > warmup and deadline.seconds_left < longest:
             break
-        for name, run in runs.items():
+        shuffle(order)
+        for name in order:
             if name in timing.failures:
                 continue
             try:
-                seconds = seconds_of(run, problem)
+                seconds = seconds_of(runs[name], problem)
             except Exception as error:
                 # Without its frames, which would keep the method's tensors alive.
                 timing.failures[name] = error.with_traceback(None)

@@ -121,14 +121,22 @@ def test_a_broken_device_ends_the_run(monkeypatch):
 
 
 def test_ratios_are_of_the_same_round(monkeypatch):
-    times = iter([9.0, 9.0, 1.0, 2.0, 2.0, 5.0, 4.0, 8.0])  # the first round is not counted
-    monkeypatch.setattr(clock, "seconds_of", lambda run, problem: next(times))
+    times = {"3G": iter([9.0, 1.0, 2.0, 4.0]), "x": iter([9.0, 2.0, 5.0, 8.0])}  # the first round is not counted
+    monkeypatch.setattr(clock, "seconds_of", lambda run, problem: next(times[run]))
     problem = make_problem(TINY, CPU)
-    timing = clock.alternate({"3G": None, "x": None}, problem, 3, 1, clock.Deadline(None))
+    timing = clock.alternate({"3G": "3G", "x": "x"}, problem, 3, 1, clock.Deadline(None))
     assert timing.seconds == {"3G": [1.0, 2.0, 4.0], "x": [2.0, 5.0, 8.0]}
     summary = clock.summary(timing.seconds["x"], timing.seconds["3G"])
     assert summary["ratio_to_3G"] == 2.0 and summary["milliseconds"] == 5000
     assert summary["spread_milliseconds"] == [2000, 8000]
+
+
+def test_rounds_have_orders_of_their_own(monkeypatch):
+    order = []
+    monkeypatch.setattr(clock, "seconds_of", lambda run, problem: order.append(run) or 1.0)
+    clock.alternate({name: name for name in "abcd"}, make_problem(TINY, CPU), 5, 1, clock.Deadline(None))
+    rounds = ["".join(order[i : i + 4]) for i in range(0, len(order), 4)]
+    assert len(rounds) == 6 and all(sorted(r) == list("abcd") for r in rounds) and len(set(rounds)) > 2
 
 
 def test_a_method_that_breaks_later_leaves_the_rounds(monkeypatch):
