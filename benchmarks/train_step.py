@@ -30,7 +30,7 @@ from trl import GRPOConfig, GRPOTrainer
 from aapo_fast import cli, config
 from aapo_fast.bench import machine
 from aapo_fast.models.load import load_model
-from aapo_fast.trainer import loop, report, sampling, setup
+from aapo_fast.trainer import ahead, loop, report, sampling, setup
 from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.records import METRICS, read_lines
 
@@ -59,11 +59,12 @@ class Ours:
 
     def __init__(self, run: setup.Run) -> None:
         self.run, self.totals, self.steps = run, report.Totals(), []
+        self.rollouts = ahead.Rollouts(run)
         sampling.before_the_first_step(run, threading.Event())
 
     def step(self) -> None:
         start = time.perf_counter()
-        loop.train_step(self.run, len(self.steps) + 1, self.totals)
+        loop.train_step(self.run, len(self.steps) + 1, self.totals, self.rollouts)
         total = time.perf_counter() - start
         record = read_lines(self.run.folder.path / METRICS)[-1]
         self.steps.append({"total": total, **record["seconds"]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,13 @@ QUICKSTART = Path(__file__).with_name("quickstart.toml")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``aapo-fast``; returns the exit status: 0, 1 (a check failed), 2 (bad input), 130 (Ctrl-C)."""
+    # Huge pages for torch's CPU tensors, before it makes the first: gradients are fresh memory in every step, and their
+    # page faults were a tenth of a training step on a CPU (docs/LOG.md).
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         rest, overrides = _split_overrides(sys.argv[1:] if argv is None else list(argv))
         arguments = _parser().parse_args(rest)
-        if overrides and arguments.command not in ("train", "eval", "quickstart"):
+        if overrides and arguments.command not in ("train", "eval", "serve", "quickstart"):
             raise config.ConfigError(f"{arguments.command} takes no --{overrides[0][0]}")
         arguments.argv = rest
         return _run(arguments, overrides)
@@ -42,6 +46,8 @@ def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
 
     if arguments.command == "plot":
         return commands.plot(arguments.run)
+    if arguments.command == "serve":
+        return commands.serve(config.load(arguments.config, overrides), arguments.host, arguments.port)
     path = QUICKSTART if arguments.command == "quickstart" else arguments.config
     settings = config.load(path, overrides)
     if arguments.command == "eval":
@@ -99,6 +105,21 @@ def _parser() -> argparse.ArgumentParser:
 
     plot = commands.add_parser("plot", help="draw the learning curve of a run")
     plot.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+
+    serve = commands.add_parser(
+        "serve",
+        help="a vLLM server for rollouts, with the flags that training needs",
+        description="A vLLM server of the model of a config, for rollout.engine = 'vllm_server' with vllm.servers.",
+        epilog=(
+            "Every route but /health asks for the key in $AAPO_FAST_API_KEY; without one a key is made and shown.\n"
+            "Example: aapo-fast serve CONFIG.toml --port 8000 --vllm.tensor_parallel_size 2\n\n"
+            "Takes the options of train."
+        ),
+        formatter_class=raw,
+    )
+    serve.add_argument("config", type=Path, metavar="CONFIG.toml", help="that of the training run")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    serve.add_argument("--port", type=int, default=8000)
 
     bench.add_parser(commands)
     commands.add_parser("doctor", help="what is installed, which implementation will run, and why not the others")

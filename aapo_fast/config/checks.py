@@ -21,6 +21,11 @@ def check(c: Config) -> None:
         "rollout.group_size": (c.rollout.group_size, 1),
         "rollout.max_tokens": (c.rollout.max_tokens, 1),
         "rollout.max_batch_size": (c.rollout.max_batch_size, 1),
+        "vllm.max_model_len": (c.vllm.max_model_len, 0),
+        "vllm.cpu_kv_cache_gib": (c.vllm.cpu_kv_cache_gib, 1),
+        "vllm.tensor_parallel_size": (c.vllm.tensor_parallel_size, 1),
+        "vllm.num_servers": (c.vllm.num_servers, 1),
+        "vllm.max_logprob_gap": (c.vllm.max_logprob_gap, 0),
         "reference.samples": (c.reference.samples, 1),
         "train.steps": (c.train.steps, 1),
         "train.warmup_steps": (c.train.warmup_steps, 0),
@@ -44,8 +49,44 @@ def check(c: Config) -> None:
     for key, beta in (("train.beta1", c.train.beta1), ("train.beta2", c.train.beta2)):
         if not 0 <= beta < 1:
             raise ConfigError(f"{key}={beta} must lie in [0, 1)")
+    _check_loss(c)
+    _check_engines(c)
     _check_combinations(c)
     _check_rewards(c.rewards)
+
+
+def _check_loss(c: Config) -> None:
+    if not 0 < c.loss.sparsity_threshold <= 1:
+        raise ConfigError(f"loss.sparsity_threshold={c.loss.sparsity_threshold} must lie in (0, 1]")
+    if not math.isfinite(c.loss.entropy_bonus):
+        raise ConfigError(f"loss.entropy_bonus={c.loss.entropy_bonus} must be finite; 0 is none")
+    if not 0 <= c.loss.z_loss < math.inf:
+        raise ConfigError(f"loss.z_loss={c.loss.z_loss} must be finite and not negative; 0 is none")
+    if not (c.loss.max_importance_weight == 0 or 1 <= c.loss.max_importance_weight < math.inf):
+        raise ConfigError(
+            f"loss.max_importance_weight={c.loss.max_importance_weight} must be at least 1 and finite; 0: no correction"
+        )
+    if c.loss.implementation == "reference" and c.loss.backward == "sparse":
+        raise ConfigError("loss.backward='sparse' is not for loss.implementation='reference'; use 'auto' or 'torch'")
+
+
+def _check_engines(c: Config) -> None:
+    if c.vllm.tensor_parallel_size > 1 and c.rollout.engine == "vllm":
+        raise ConfigError(
+            f"vllm.tensor_parallel_size={c.vllm.tensor_parallel_size}: an engine in the trainer's process has its one "
+            "GPU; use rollout.engine='vllm_server'"
+        )
+    if c.vllm.time_limit_seconds <= 0:
+        raise ConfigError(f"vllm.time_limit_seconds={c.vllm.time_limit_seconds} must be above 0")
+    if not 0 < c.vllm.gpu_memory_utilization < 1:
+        raise ConfigError(f"vllm.gpu_memory_utilization={c.vllm.gpu_memory_utilization} must lie in (0, 1)")
+    if c.rollout.max_staleness not in (0, 1):
+        raise ConfigError(f"rollout.max_staleness={c.rollout.max_staleness} must be 0 or 1")
+    if c.rollout.max_staleness and c.rollout.engine != "vllm_server":
+        raise ConfigError(
+            f"rollout.max_staleness=1 needs rollout.engine='vllm_server': the engine {c.rollout.engine!r} shares the "
+            "trainer's device"
+        )
 
 
 def _check_combinations(c: Config) -> None:
@@ -53,14 +94,6 @@ def _check_combinations(c: Config) -> None:
         raise ConfigError(
             f"rollout.temperature={c.rollout.temperature} must be above 0: a policy learns only from what it samples"
         )
-    if not 0 < c.loss.sparsity_threshold <= 1:
-        raise ConfigError(f"loss.sparsity_threshold={c.loss.sparsity_threshold} must lie in (0, 1]")
-    if not math.isfinite(c.loss.entropy_bonus):
-        raise ConfigError(f"loss.entropy_bonus={c.loss.entropy_bonus} must be finite; 0 is none")
-    if not 0 <= c.loss.z_loss < math.inf:
-        raise ConfigError(f"loss.z_loss={c.loss.z_loss} must be finite and not negative; 0 is none")
-    if c.loss.implementation == "reference" and c.loss.backward == "sparse":
-        raise ConfigError("loss.backward='sparse' is not for loss.implementation='reference'; use 'auto' or 'torch'")
     if not 0 < c.rollout.top_p <= 1:
         raise ConfigError(f"rollout.top_p={c.rollout.top_p} must lie in (0, 1]")
     if c.scoring.time_limit_seconds <= 0:

@@ -38,6 +38,9 @@ class LossConfig:
 
     entropy_bonus: float = option(0.0, "weight of the mean entropy of completion tokens, in nats; rewards exploration")
     z_loss: float = option(0.0, "weight of the mean squared log-sum-exp of the logits; 1e-4 keeps them from drifting")
+    max_importance_weight: float = option(
+        0.0, "correct for a rollout engine whose probabilities differ: bound of pi / rollout (2.0, say); 0: do not"
+    )
     implementation: Literal["auto", "torch", "triton", "native", "reference"] = option(
         "auto", "auto takes the fastest that runs here"
     )
@@ -88,7 +91,9 @@ class ScoringConfig:
 class RolloutConfig:
     """[rollout] how completions are drawn."""
 
-    engine: Literal["hf"] = option("hf", "hf: the model itself, through transformers")
+    engine: Literal["hf", "vllm", "vllm_server"] = option(
+        "hf", "hf: the model itself, through transformers; vllm: in this process; vllm_server: servers of [vllm]"
+    )
     prompts_per_step: int = option(8, "problems a step")
     group_size: int = option(8, "G, completions a problem")
     max_tokens: int = option(256, "longest completion, in tokens")
@@ -96,6 +101,29 @@ class RolloutConfig:
     top_p: float = option(1.0, "nucleus mass; below 1 the loss sees other log-probabilities than the sampler")
     stop: list[str] = option([], "strings that end a completion")
     max_batch_size: int = option(256, "most sequences generated at once")
+    max_staleness: int = option(0, "1: with servers, draw the next step's completions while one trains; 0: on policy")
+
+
+@dataclass(frozen=True)
+class VLLMConfig:
+    """[vllm] the engine of rollout.engine = 'vllm' (in the trainer's process) or 'vllm_server'."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    max_model_len: int = option(0, "longest prompt and completion; 0: data.max_prompt_tokens + rollout.max_tokens")
+    gpu_memory_utilization: float = option(0.4, "share of the GPU for the engine's weights and KV cache")
+    cpu_kv_cache_gib: int = option(2, "KV cache of an engine on a CPU, in GiB")
+    tensor_parallel_size: int = option(1, "GPUs of one engine")
+    enforce_eager: bool = option(False, "no CUDA graphs: starts sooner, generates slower")
+    servers: list[str] = option([], "URLs of servers that run (`aapo-fast serve`); empty: num_servers are started here")
+    num_servers: int = option(1, "servers to start, on the GPUs after the trainer's")
+    time_limit_seconds: float = option(600.0, "longest start, request or weight transfer of a server")
+    weights_folder: str = option("", "where weights for servers are written; empty: in memory (/dev/shm)")
+    address: str = option("", "this host as servers on GPUs reach it, for NCCL; empty: through weights_folder")
+    max_logprob_gap: float = option(
+        0.0, "largest mean difference of log-probabilities, in nats; 0: 0.005 for a float32 engine, 0.1 for 16 bits"
+    )
 
 
 @dataclass(frozen=True)
@@ -156,6 +184,7 @@ class Config:
     rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

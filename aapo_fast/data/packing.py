@@ -11,6 +11,7 @@ Letters: T tokens of the packed row, B sequences, L longest sequence, S segments
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,7 @@ def pack(samples: Sequence[Weighted], device: torch.device | str = "cpu") -> Bat
     hidden_index: list[int] = []
     targets: list[int] = []
     sequence_index: list[int] = []
+    rollout_logps: list[float] = []
     prompts: dict[tuple[int, ...], range] = {}
     prompt_segments: list[tuple[list[int], list[int]]] = []
     completion_segments: list[tuple[list[int], list[int]]] = []
@@ -78,6 +80,7 @@ def pack(samples: Sequence[Weighted], device: torch.device | str = "cpu") -> Bat
         hidden_index += [prompts[prompt][-1], *inputs]
         targets += completion
         sequence_index += [index] * len(completion)
+        rollout_logps += weighted.sample.logprobs or [math.nan] * len(weighted.sample.token_ids)
 
     buckets = [*_buckets(prompt_segments), *_buckets(completion_segments)]
     segments = tuple(_segments(bucket, positions, device) for bucket in buckets)
@@ -89,6 +92,7 @@ def pack(samples: Sequence[Weighted], device: torch.device | str = "cpu") -> Bat
         hidden_index=torch.tensor(hidden_index, device=device),
         targets=torch.tensor(targets, device=device),
         sequence_index=torch.tensor(sequence_index, device=device),
+        rollout_logps=torch.tensor(rollout_logps, dtype=torch.float32, device=device),
         advantages=torch.tensor([w.advantage for w in samples], dtype=torch.float32, device=device),
     )
 
@@ -133,12 +137,14 @@ def pad(samples: Sequence[Weighted], pad_token_id: int, device: torch.device | s
     hidden_index: list[int] = []
     targets: list[int] = []
     sequence_index: list[int] = []
+    rollout_logps: list[float] = []
     for index, weighted in enumerate(samples):
         first = index * length + len(weighted.sample.prompt_ids) - 1
         count = len(weighted.sample.token_ids)
         hidden_index += range(first, first + count)
         targets += weighted.sample.token_ids
         sequence_index += [index] * count
+        rollout_logps += weighted.sample.logprobs or [math.nan] * len(weighted.sample.token_ids)
     return Batch(
         input_ids=torch.tensor([row + [pad_token_id] * (length - len(row)) for row in inputs], device=device),
         position_ids=torch.arange(length, device=device).expand(len(inputs), length),
@@ -147,5 +153,6 @@ def pad(samples: Sequence[Weighted], pad_token_id: int, device: torch.device | s
         hidden_index=torch.tensor(hidden_index, device=device),
         targets=torch.tensor(targets, device=device),
         sequence_index=torch.tensor(sequence_index, device=device),
+        rollout_logps=torch.tensor(rollout_logps, dtype=torch.float32, device=device),
         advantages=torch.tensor([w.advantage for w in samples], dtype=torch.float32, device=device),
     )

@@ -37,7 +37,7 @@ def load_model(path: str, device: torch.device) -> tuple[Any, Any]:
         UserError: nothing there, or its head cannot be used (``models.head``).
     """
     try:
-        source = _unpack(path.removeprefix(PACKAGE_SCHEME)) if path.startswith(PACKAGE_SCHEME) else path
+        source = model_source(path)
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
     except (OSError, ValueError) as error:
@@ -46,6 +46,15 @@ def load_model(path: str, device: torch.device) -> tuple[Any, Any]:
     check_head(model)
     take_over_attention(model)
     return model, tokenizer
+
+
+def model_source(path: str) -> str:
+    """``model.path`` as a folder or a hub name in Hugging Face form; a package's GGUF file is converted, once.
+
+    Raises:
+        UserError: the package is not installed, or has no such file.
+    """
+    return str(_unpack(path.removeprefix(PACKAGE_SCHEME))) if path.startswith(PACKAGE_SCHEME) else path
 
 
 @torch.no_grad()

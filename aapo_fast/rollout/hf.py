@@ -56,6 +56,15 @@ class HFEngine:
     def sync_weights(self, version: int) -> None:
         self.weight_version = version
 
+    def free_memory(self) -> None:
+        """Nothing to give back: the KV cache lives for one call."""
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        """Nothing was started."""
+
     @torch.no_grad()
     def generate(
         self,

@@ -16,11 +16,13 @@ from aapo_fast.advantages import aapo_advantages
 from aapo_fast.config import Config
 from aapo_fast.data.packing import Weighted
 from aapo_fast.models.load import save_model
+from aapo_fast.trainer.ahead import Rollouts
 from aapo_fast.trainer.curve import plot_run
 from aapo_fast.trainer.display import Display
+from aapo_fast.trainer.engine import max_logprob_gap
 from aapo_fast.trainer.records import MODEL, SUMMARY, Clock
 from aapo_fast.trainer.report import Step, Totals, evaluate_held_out, report_step, summarise
-from aapo_fast.trainer.sampling import before_the_first_step, reference_rewards, rollout, score
+from aapo_fast.trainer.sampling import before_the_first_step, reference_rewards, score
 from aapo_fast.trainer.setup import Run, prepare, rollout_seed
 from aapo_fast.trainer.step import learning_rate, optimizer_step
 from aapo_fast.types import UserError
@@ -66,27 +68,28 @@ def _save(run: Run, totals: Totals) -> None:
 
 def _steps(run: Run, totals: Totals, stop: threading.Event) -> None:
     steps, every = run.config.train.steps, run.config.eval.every
-    with run.display.progress("training") as update:
+    with run.display.progress("training") as update, Rollouts(run) as rollouts:
         for number in range(1, steps + 1):
             if stop.is_set():
                 return
-            train_step(run, number, totals)
+            train_step(run, number, totals, rollouts)
             update(number, steps)
             if every and number % every == 0 and number < steps:
                 evaluate_held_out(run, number)
 
 
-def train_step(run: Run, number: int, totals: Totals) -> None:
+def train_step(run: Run, number: int, totals: Totals, rollouts: Rollouts) -> None:
     """Step 1, 2, ... of AAPO.
 
     Raises:
-        UserError: too many completions without a reward; too many non-finite steps in a row.
+        UserError: too many completions without a reward; too many non-finite steps in a row; samples that are not the
+            policy's.
     """
     config, clock = run.config, Clock()
     problems = run.schedule[number - 1]
 
     with clock.phase("rollout"):
-        groups = rollout(run, problems, number, "policy")
+        groups = rollouts.take(number)
     with clock.phase("reward"):
         failures = score(run, groups, f"step {number}")
     with clock.phase("reference"):
@@ -109,17 +112,28 @@ def train_step(run: Run, number: int, totals: Totals) -> None:
         if not math.isnan(reward)
     ]
     lr = learning_rate(number - 1, config.train)
+    staleness = max(totals.updates - sample.weight_version for group in groups for sample in group.samples)
     with clock.phase("train"):
+        rollouts.start(number + 1)
+        run.engine.free_memory()
         result = optimizer_step(
-            run.policy, run.optimizer, scored, config.train, lr, seed=rollout_seed(config.run.seed, number, 2_000_000)
+            run.policy,
+            run.optimizer,
+            scored,
+            config.train,
+            lr,
+            seed=rollout_seed(config.run.seed, number, 2_000_000),
+            max_logprob_gap=math.inf if staleness else max_logprob_gap(config, run.policy.device),
         )
+    with clock.phase("sync"):
+        rollouts.wait()
         if result.updated:
             totals.updates += 1
             run.engine.sync_weights(totals.updates)
 
     totals.steps = number
     totals.step_seconds += sum(clock.seconds.values())
-    report_step(run, Step(number, groups, reference, advantages, failures, result, lr, clock.seconds))
+    report_step(run, Step(number, groups, reference, advantages, failures, result, lr, staleness, clock.seconds))
     _count_nonfinite(run, result.finite, totals)
 
 

@@ -71,7 +71,9 @@ class Policy:
         """AAPO's loss of a microbatch; ``num_tokens`` counts the whole optimizer step. ``seed`` decides the sample of
         sparse gradient rows and must differ from one microbatch to the next.
         """
-        objective: Objective = AAPO(batch.advantages, batch.sequence_index, num_tokens)
+        bound = self.how.max_importance_weight
+        correction = (batch.rollout_logps, bound) if bound else ()
+        objective: Objective = AAPO(batch.advantages, batch.sequence_index, num_tokens, *correction)
         if self.how.regularizes:
             objective = Regularized(objective, num_tokens, self.how.entropy_bonus, self.how.z_loss)
         return linear_policy_loss(

@@ -7,8 +7,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Step:
         failures: what kept completions from a reward.
         result: of the optimizer.
         learning_rate: that was used.
+        staleness: updates that the oldest sample's weights had not seen; 0 is on policy.
         seconds: by phase.
     """
 
@@ -43,12 +44,13 @@ class Step:
     failures: Sequence[str]
     result: StepResult
     learning_rate: float
+    staleness: int
     seconds: dict[str, float]
 
 
 def report_step(run: Run, step: Step) -> None:
     """Write the step's record and a few of its samples, and print its line."""
-    record = _record(step, _peak_memory_bytes(run.policy.device))
+    record = _record(step, run.engine.metrics(), _peak_memory_bytes(run.policy.device))
     run.folder.append(METRICS, record)
     for line in _samples(step, run.config.run.samples_kept):
         run.folder.append(SAMPLES, line)
@@ -122,7 +124,7 @@ def summarise(
     }
 
 
-def _record(step: Step, peak_memory_bytes: int) -> dict[str, Any]:
+def _record(step: Step, engine: Mapping[str, float], peak_memory_bytes: int) -> dict[str, Any]:
     samples = [s for group in step.groups for s in group.samples]
     rewards = torch.tensor([r for group in step.groups for r in group.rewards])
     relative = aapo_advantages(rewards, None, len(step.groups[0].samples)).view(len(step.groups), -1)
@@ -145,8 +147,11 @@ def _record(step: Step, peak_memory_bytes: int) -> dict[str, Any]:
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         "learning_rate": step.learning_rate,
+        "staleness": step.staleness,
         "updated": result.updated,
         "finite": result.finite,
+        **{f"rollout_{name}": value for name, value in asdict(result.mismatch).items()},
+        **{f"engine_{name}": value for name, value in engine.items()},
         "reward_failures": len(step.failures),
         "seconds": step.seconds,
         "tokens_per_second": tokens / sum(step.seconds.values()),

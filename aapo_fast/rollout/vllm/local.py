@@ -1,0 +1,123 @@
+"""vLLM in the trainer's process: the colocated engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from aapo_fast.rollout.vllm.adapter import LocalLLM
+from aapo_fast.rollout.vllm.samples import make_sample
+from aapo_fast.rollout.vllm.settings import EngineSettings
+from aapo_fast.rollout.vllm.weights import frozen_copy, named_weights, size_bytes
+from aapo_fast.types import Progress, Sample, SamplingParams, UserError, Weights
+
+NOTHING = ("none", -1)
+
+
+class VLLMEngine:
+    """The rollout engine over an in-process vLLM; see ``types.RolloutEngine``.
+
+    The engine always knows which weights it holds, and loads others before it generates with them: after a sync, for
+    the frozen reference, and when it wakes up, whatever it may have kept in its sleep.
+
+    Args:
+        model: the policy, whose present weights are sent at each sync.
+        tokenizer: decodes completions.
+        settings: how the engine is started. It reads the model's first weights from ``settings.model``.
+
+    Raises:
+        UserError: vllm is not installed, or the engine does not start.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, settings: EngineSettings) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.weight_version = 0
+        self._llm = LocalLLM(settings)
+        self._holds: tuple[str, int] = ("policy", 0)
+        self._asleep = False
+        self._reference: list[Any] | None = None
+        self._metrics: dict[str, float] = {}
+
+    def keep_reference(self) -> None:
+        if self.weight_version != 0:
+            raise RuntimeError("keep_reference: the policy has moved already; call it before the first update")
+        self._reference = frozen_copy(self.model)
+
+    def sync_weights(self, version: int) -> None:
+        self.weight_version = version
+        if not self._asleep:  # else when it wakes up
+            self._hold("policy")
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Load weights from a folder, as a trainer would that knows no other way; for comparison."""
+        self._holds = NOTHING
+        self._llm.load_from_folder(folder)
+
+    def free_memory(self) -> None:
+        if self._llm.sleep():
+            self._asleep, self._holds = True, NOTHING
+
+    def metrics(self) -> dict[str, float]:
+        found, self._metrics = self._metrics, {}
+        return found
+
+    def close(self) -> None:
+        self._llm.close()
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        n: int,
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        weights: Weights = "policy",
+        progress: Progress | None = None,
+    ) -> list[list[Sample]]:
+        """See ``types.RolloutEngine.generate``.
+
+        Raises:
+            UserError: an empty prompt; a completion that is not whole.
+        """
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one a prompt")
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise UserError(f"prompt {index} has no tokens; an empty prompt cannot be continued")
+        version = self._hold(weights)
+        start, total = time.perf_counter(), len(prompts)
+        drawn = self._llm.generate(prompts, n, sampling, seeds, lambda done: progress and progress(done, total))
+        self._count("generation_seconds", time.perf_counter() - start)
+        return [
+            [make_sample(self.tokenizer, prompt, completion, version) for completion in completions]
+            for prompt, completions in zip(prompts, drawn, strict=True)
+        ]
+
+    def _hold(self, weights: Weights) -> int:
+        """Have the engine awake with the weights that are wanted; their version."""
+        version = 0 if weights == "reference" else self.weight_version
+        wanted = ("policy", version)  # before the first update the policy is the reference
+        if weights == "reference" and self.weight_version != 0:
+            wanted = ("reference", 0)
+            if self._reference is None:
+                raise RuntimeError("the reference weights were not kept; call keep_reference before the first update")
+        if self._holds != wanted:
+            start = time.perf_counter()
+            source = named_weights(self.model) if wanted[0] == "policy" else iter(self._reference or [])
+            self._holds = NOTHING  # until the load has succeeded
+            if self._asleep:
+                self._llm.wake_for_loading()
+            self._llm.load(source)
+            if self._asleep:
+                self._llm.wake_for_generating()
+            self._holds, self._asleep = wanted, False
+            self._count("sync_seconds", time.perf_counter() - start)
+            self._count("sync_bytes", size_bytes(self.model))
+        return version
+
+    def _count(self, name: str, value: float) -> None:
+        self._metrics[name] = self._metrics.get(name, 0.0) + value

@@ -1,0 +1,301 @@
+"""Rollouts by one or several vLLM servers: requests spread over them, weights synced into each, failures mended.
+
+A server fails when a request, a sync or a health check does. The requests that it had go to the others: seeds decide
+the completions, so none is lost, drawn otherwise or counted twice. A server that we started is started again and given
+the weights that the others hold. When nobody is left, the run stops and says what each did.
+
+    requests    one queue; every server takes from it as fast as it can
+    a sync      for each server: pause, load, reset the prefix cache, set the version, resume
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from aapo_fast.rollout.vllm.client import RequestError, ServerClient, ServerError
+from aapo_fast.rollout.vllm.process import ServerProcess
+from aapo_fast.rollout.vllm.samples import Completion, make_sample
+from aapo_fast.rollout.vllm.transport import Transport
+from aapo_fast.rollout.vllm.weights import named_weights, size_bytes
+from aapo_fast.types import Progress, Sample, SamplingParams, UserError, Weights
+
+FIRST = "policy-0"
+"""The weights that every server starts with."""
+
+MAX_RESTARTS = 3
+"""Of one server, without a request answered in between: a server that dies of what it is asked dies again."""
+
+
+DYING_SECONDS = 2.0
+
+
+@dataclass
+class Server:
+    """One server.
+
+    Attributes:
+        client: speaks to it; None until it was started.
+        process: ours, or None for one that somebody else runs.
+        holds: name of the weights that it has; "" when they are not known.
+        fault: why it is not in use at present; "" when it is.
+        restarts: since it last answered a request.
+    """
+
+    client: ServerClient | None
+    process: ServerProcess | None
+    holds: str = FIRST
+    fault: str = ""
+    restarts: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.client.url if self.client is not None else "a server not yet started"
+
+
+@dataclass
+class _Job:
+    index: int
+    prompt: Sequence[int]
+    seed: int
+
+
+@dataclass
+class _Draw:
+    """One call of ``generate`` on its way."""
+
+    jobs: queue.SimpleQueue[_Job]
+    total: int
+    found: dict[int, list[Completion]] = field(default_factory=dict)
+    refused: RequestError | None = None
+
+
+class VLLMServersEngine:
+    """The rollout engine over vLLM servers; see ``types.RolloutEngine``.
+
+    Args:
+        model: the policy, whose present weights are sent at each sync.
+        tokenizer: decodes completions.
+        servers: those to use; ours among them are started here.
+        transport: how weights reach them.
+        time_limit_seconds: of one request, and of one transfer of weights.
+        requests_a_server: prompts under way at a server; each brings n completions.
+        note: told what failed and what was done about it.
+
+    Raises:
+        ServerError: a server cannot be reached or started.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        servers: Sequence[Server],
+        transport: Transport,
+        time_limit_seconds: float,
+        requests_a_server: int = 32,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.weight_version = 0
+        self._servers, self._transport = list(servers), transport
+        self._limit, self._width, self._note = time_limit_seconds, requests_a_server, note
+        self._wanted = FIRST
+        self._lock = threading.Lock()
+        self._metrics: dict[str, float] = {}
+        try:
+            self._each(self._servers, self._begin)
+        except BaseException:
+            self.close()
+            raise
+
+    def keep_reference(self) -> None:
+        if self.weight_version != 0:
+            raise RuntimeError("keep_reference: the policy has moved already; call it before the first update")
+        self._transport.publish("reference", named_weights(self.model))
+
+    def sync_weights(self, version: int) -> None:
+        self.weight_version = version
+        self._publish()
+        self._want(self._policy)
+
+    def free_memory(self) -> None:
+        """The servers have devices of their own."""
+
+    def metrics(self) -> dict[str, float]:
+        found, self._metrics = self._metrics, {}
+        return found
+
+    def close(self) -> None:
+        for server in self._servers:
+            if server.process is not None:
+                server.process.stop()
+        self._transport.close()
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        n: int,
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        weights: Weights = "policy",
+        progress: Progress | None = None,
+    ) -> list[list[Sample]]:
+        """See ``types.RolloutEngine.generate``.
+
+        Raises:
+            UserError: an empty prompt; a request that a server refuses; no server is left.
+        """
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one a prompt")
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise UserError(f"prompt {index} has no tokens; an empty prompt cannot be continued")
+        version = self._want("reference" if weights == "reference" and self.weight_version else self._policy)
+        start = time.perf_counter()
+        draw = _Draw(queue.SimpleQueue(), len(prompts))
+        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            draw.jobs.put(_Job(index, prompt, seed))
+        while len(draw.found) < draw.total:
+            self._mend()
+            self._take_turns(draw, n, sampling, progress)
+            if draw.refused is not None:
+                raise draw.refused
+        self._count("generation_seconds", time.perf_counter() - start)
+        return [
+            [make_sample(self.tokenizer, prompt, completion, version) for completion in draw.found[index]]
+            for index, prompt in enumerate(prompts)
+        ]
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    def _take_turns(self, draw: _Draw, n: int, sampling: SamplingParams, progress: Progress | None) -> None:
+        """All servers in use work on the queue until it is empty or they have failed."""
+
+        def work(server: Server) -> None:
+            while not server.fault and draw.refused is None:
+                try:
+                    job = draw.jobs.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    assert server.client is not None
+                    completions = server.client.complete(job.prompt, n, sampling, job.seed)
+                except RequestError as error:  # the request is at fault: another server would say the same
+                    draw.refused = error
+                except ServerError as error:
+                    draw.jobs.put(job)
+                    self._failed(server, error)
+                else:
+                    server.restarts = 0
+                    with self._lock:
+                        draw.found[job.index] = completions
+                        if progress is not None:
+                            progress(len(draw.found), draw.total)
+
+        in_use = [server for server in self._servers if not server.fault]
+        with ThreadPoolExecutor(self._width * len(in_use)) as pool:
+            for future in [pool.submit(work, server) for server in in_use for _ in range(self._width)]:
+                future.result()
+
+    # --- weights -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _policy(self) -> str:
+        return f"policy-{self.weight_version}"
+
+    def _publish(self) -> None:
+        start = time.perf_counter()
+        self._transport.publish(self._policy, named_weights(self.model))
+        self._count("sync_seconds", time.perf_counter() - start)
+        self._count("sync_bytes", size_bytes(self.model))
+
+    def _want(self, name: str) -> int:
+        """Have every server that is in use hold the weights ``name``; their version."""
+        self._wanted = name
+        behind = [s for s in self._servers if not s.fault and s.holds != name]
+        if behind:
+            start = time.perf_counter()
+            self._each(behind, self._load)
+            self._count("sync_seconds", time.perf_counter() - start)
+            self._mend()
+        return 0 if name == "reference" else self.weight_version
+
+    def _load(self, server: Server) -> None:
+        assert server.client is not None
+        server.holds = ""
+        version = 0 if self._wanted == "reference" else self.weight_version
+        try:
+            with server.client.replacing_weights(version):
+                self._transport.load(server.client, self._wanted)
+        except ServerError as error:
+            self._failed(server, error)
+        else:
+            server.holds = self._wanted
+
+    # --- failures ----------------------------------------------------------------------------------------------------
+
+    def _begin(self, server: Server) -> None:
+        if server.process is not None:
+            server.client = server.process.start(self._limit)
+        else:
+            assert server.client is not None
+            server.client.check()
+            found = server.client.weight_version()
+            if found not in ("default", "0"):
+                raise ServerError(
+                    f"{server.name} holds weights of version {found!r}, of another run; restart it, so that the "
+                    "reference is the model that you name"
+                )
+
+    def _failed(self, server: Server, error: ServerError) -> None:
+        with self._lock:
+            if server.fault:  # another of its requests has said so
+                return
+            server.fault = str(error)
+            # A connection breaks a moment before its process is seen to have ended, which says more.
+            code = None if server.process is None else server.process.exit_code(DYING_SECONDS)
+            if server.process is not None and code is not None:
+                server.fault = f"{server.name} ended with {code}: {server.process.last_words()}"
+        self._note(f"vLLM: {server.fault}")
+        self._count("server_failures", 1)
+
+    def _mend(self) -> None:
+        """Start again those of our servers that failed, with the weights that are wanted.
+
+        Raises:
+            ServerError: no server is left.
+        """
+        for server in self._servers:
+            while server.fault and server.process is not None and server.restarts < MAX_RESTARTS:
+                server.restarts += 1
+                self._note(f"vLLM: starting a server again ({server.restarts} of {MAX_RESTARTS})")
+                try:
+                    server.client = server.process.start(self._limit)
+                except ServerError as error:
+                    server.fault = str(error)
+                    continue
+                server.fault, server.holds = "", FIRST
+                if server.holds != self._wanted:
+                    self._load(server)
+                self._count("server_restarts", 1)
+        if all(server.fault for server in self._servers):
+            faults = "; ".join(server.fault for server in self._servers)
+            raise ServerError(f"no vLLM server is left: {faults}")
+
+    def _each(self, servers: Sequence[Server], action: Callable[[Server], None]) -> None:
+        with ThreadPoolExecutor(max(1, len(servers))) as pool:
+            for future in [pool.submit(action, server) for server in servers]:
+                future.result()
+
+    def _count(self, name: str, value: float) -> None:
+        with self._lock:
+            self._metrics[name] = self._metrics.get(name, 0.0) + value

@@ -1,0 +1,70 @@
+"""How a vLLM engine is started: its arguments, and the environment it reads them from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine needs to know before it starts.
+
+    Attributes:
+        model: folder or hub name of the model in Hugging Face form; its config and tokenizer are those of the policy.
+        device: "cpu" or "cuda".
+        dtype: "float32", "bfloat16" or "float16": of the engine's weights and activations.
+        max_model_len: longest prompt and completion together, in tokens.
+        max_num_seqs: most sequences generated at once.
+        gpu_memory_utilization: share of a GPU's memory for weights and KV cache.
+        cpu_kv_cache_gib: KV cache of an engine on a CPU.
+        tensor_parallel_size: GPUs of one engine.
+        enforce_eager: no CUDA graphs and no compilation: starts sooner, generates slower. Always so on a CPU.
+        seed: of what vLLM draws without a seed of its own; completions have theirs.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int = 256
+    gpu_memory_utilization: float = 0.4
+    cpu_kv_cache_gib: int = 2
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    seed: int = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of ``vllm.LLM``; as options, those of its server."""
+        found: dict[str, Any] = {
+            "model": self.model,
+            "dtype": self.dtype,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": self.max_num_seqs,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "enforce_eager": self.enforce_eager or self.device == "cpu",
+            "seed": self.seed,
+            # What the sampler drew from: after temperature and top-p. Raw ones would be those of temperature 1.
+            "logprobs_mode": "processed_logprobs",
+        }
+        if self.device == "cuda":
+            found["gpu_memory_utilization"] = self.gpu_memory_utilization
+        return found
+
+    def environment(self) -> Mapping[str, str]:
+        """Variables to set, where the user has not, before vllm is imported."""
+        found = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        if self.device == "cpu":
+            # Bound to cores of its own, the engine would leave the trainer's threads on the same ones.
+            found |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": str(self.cpu_kv_cache_gib)}
+        return found
+
+
+def engine_dtype(name: str, device: torch.device) -> str:
+    """``auto`` is bfloat16 on a GPU, and float32 on a CPU, where bfloat16 is many times slower."""
+    if name != "auto":
+        return name
+    return "bfloat16" if device.type == "cuda" else "float32"

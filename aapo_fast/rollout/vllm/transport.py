@@ -1,0 +1,84 @@
+"""How weights reach a server: through a folder that both can read. On GPUs NCCL is quicker: adapter.py."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from aapo_fast.rollout.vllm.client import ServerClient
+from aapo_fast.types import UserError
+
+SHARED_MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+"""Where weights are written unless another folder is named."""
+
+
+class Transport(Protocol):
+    """Makes weights known under a name, and has paused servers load them."""
+
+    def publish(self, name: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Get the weights ready for all servers."""
+        ...
+
+    def load(self, client: ServerClient, name: str) -> None:
+        """Bring them to one; raises ServerError."""
+        ...
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        ...
+
+
+class FolderTransport:
+    """Weights as a safetensors file in ``folder``; in memory, where that is /dev/shm.
+
+    The last two are kept under the name of what they are: a server that is restarted reads what the others hold.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @classmethod
+    def within(cls, parent: Path) -> FolderTransport:
+        """A folder of its own in ``parent``. Raises UserError where that cannot be made."""
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            return cls(Path(tempfile.mkdtemp(prefix="aapo-fast-weights-", dir=parent)))
+        except OSError as error:
+            raise UserError(f"vllm.weights_folder={str(parent)!r} cannot be used: {error}") from error
+
+    def publish(self, name: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Write the weights once, for all servers.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        target, scratch = self._folder / name, self._folder / f".{name}"
+        try:
+            for old in self._folder.glob("policy-*"):
+                if old != target:
+                    shutil.rmtree(old)
+            scratch.mkdir(parents=True, exist_ok=True)
+            # Tied tensors are one memory, which the format refuses; under two names they are two tensors.
+            save_file(
+                {key: tensor.cpu().contiguous().clone() for key, tensor in weights}, scratch / "model.safetensors"
+            )
+            shutil.rmtree(target, ignore_errors=True)
+            scratch.rename(target)
+        except OSError as error:
+            raise UserError(
+                f"weights for the servers cannot be written to {target}: {error}; name another folder by "
+                "vllm.weights_folder"
+            ) from error
+
+    def load(self, client: ServerClient, name: str) -> None:
+        """Have a paused server read the weights published as ``name``."""
+        client.load_from_folder(str(self._folder / name))
+
+    def close(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)

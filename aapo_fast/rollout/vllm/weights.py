@@ -1,0 +1,30 @@
+"""The policy's weights as vLLM loads them: one (name, tensor) pair for each parameter of the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+Weights = Iterator[tuple[str, Tensor]]
+
+
+def named_weights(model: nn.Module) -> Weights:
+    """Every tensor of the model's checkpoint, by its name there, without gradient.
+
+    A tied head is sent under its own name besides: an engine that keeps a packed copy of it would otherwise go on
+    sampling from the old one, silently.
+    """
+    for name, tensor in model.state_dict().items():
+        yield name, tensor.detach()
+
+
+def frozen_copy(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The present weights, cloned on the CPU; tied tensors once."""
+    copies: dict[int, Tensor] = {}
+    return [(name, copies.setdefault(t.data_ptr(), t.cpu().clone())) for name, t in named_weights(model)]
+
+
+def size_bytes(model: nn.Module) -> int:
+    """What one sync sends."""
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in named_weights(model))

@@ -1,0 +1,50 @@
+"""The rollouts of each step: drawn when it begins, or while the step before trains (``rollout.max_staleness`` = 1).
+
+    staleness 0    draw 1, train 1, sync, draw 2, train 2, sync, ...           every sample of the present weights
+    staleness 1    draw 1, train 1 and draw 2, sync, train 2 and draw 3, ...   samples of the weights one sync ago
+
+A sync waits for what is being drawn, so a completion is never of two weights.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from types import TracebackType
+
+from aapo_fast.trainer.sampling import rollout
+from aapo_fast.trainer.setup import Run
+from aapo_fast.types import Group
+
+
+class Rollouts:
+    """The groups of each step, in order. ``with Rollouts(run) as rollouts: ...``"""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._pool = ThreadPoolExecutor(1) if run.config.rollout.max_staleness else None
+        self._next: Future[list[Group]] | None = None
+
+    def __enter__(self) -> Rollouts:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def take(self, number: int) -> list[Group]:
+        """Those of step ``number``; what went wrong while they were drawn is raised here."""
+        drawn, self._next = self._next, None
+        return self._draw(number) if drawn is None else drawn.result()
+
+    def start(self, number: int) -> None:
+        """Begin to draw those of step ``number``, if drawing ahead is wanted and there is such a step."""
+        if self._pool is not None and number <= len(self._run.schedule):
+            self._next = self._pool.submit(self._draw, number)
+
+    def wait(self) -> None:
+        """Until nothing is being drawn."""
+        if self._next is not None:
+            wait([self._next])
+
+    def _draw(self, number: int) -> list[Group]:
+        return rollout(self._run, self._run.schedule[number - 1], number, "policy")

@@ -1,0 +1,206 @@
+"""Real vLLM servers over HTTP: what Hugging Face generates, before and after a sync; servers that die or hang."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import requests
+import vllm_support
+from vllm_support import PROMPTS, gap, move, same_greedy
+
+from aapo_fast.rollout.hf import HFEngine
+from aapo_fast.rollout.vllm.client import CONTROL_SECONDS, ServerClient, ServerError
+from aapo_fast.rollout.vllm.process import ServerProcess, free_port
+from aapo_fast.rollout.vllm.servers import Server, VLLMServersEngine
+from aapo_fast.rollout.vllm.transport import FolderTransport
+from aapo_fast.types import SamplingParams, UserError
+
+pytestmark = [vllm_support.needs_vllm, pytest.mark.timeout(900)]
+
+KEY = "a key of the tests"
+LIMIT = 120.0
+MANY = [[2 + i % 40, 3, 4] for i in range(24)]
+SLOW = SamplingParams(max_tokens=400)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """Two servers of an untied model, as the engine of a run starts them."""
+    folder = tmp_path_factory.mktemp("servers")
+    vllm_support.save_model(folder / "model", tied=False)
+    model, tokenizer = vllm_support.load(folder / "model")
+    settings = vllm_support.settings(folder / "model")
+    servers = [Server(None, ServerProcess(settings, KEY, folder / f"vllm-{i}.log")) for i in range(2)]
+    notes = []
+    transport = FolderTransport(Path(tmp_path_factory.mktemp("weights")))
+    engine = VLLMServersEngine(model, tokenizer, servers, transport, LIMIT, note=notes.append)
+    yield engine, notes, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    # A server ends with the trainer, whatever ended that: its standard input closes.
+    servers[0].process._process.stdin.close()
+    assert servers[0].process.exit_code(CONTROL_SECONDS) is not None
+    assert servers[1].process.exit_code() is None
+    engine.close()
+    assert not any(server.process.pid for server in servers)
+
+
+@pytest.fixture
+def engine(started):
+    """Both servers up with the first weights, whatever the test before did to them."""
+    engine, notes, first = started
+    for server in engine._servers:
+        server.restarts = 0
+    engine._mend()
+    engine.model.load_state_dict(first)
+    for server in engine._servers:
+        server.holds = ""
+    engine.sync_weights(0)
+    engine.metrics()
+    notes.clear()
+    engine.notes = notes
+    return engine
+
+
+def everything(engine, sampling=SLOW, n=2):
+    return engine.generate(MANY, n=n, sampling=sampling, seeds=range(len(MANY)))
+
+
+def test_tokens_and_logprobs_are_hugging_faces_before_and_after_a_sync(engine):
+    truth = HFEngine(engine.model, engine.tokenizer)
+    assert same_greedy(engine, truth)
+    move(engine.model)
+    assert not same_greedy(engine, truth)
+    engine.sync_weights(1)
+    assert same_greedy(engine, truth)
+    drawn = engine.generate(MANY, n=2, sampling=SamplingParams(temperature=0.7, max_tokens=6), seeds=range(24))
+    assert gap(engine.model, drawn, temperature=0.7) < 1e-4
+    assert {s.weight_version for group in drawn for s in group} == {1}
+    assert [server.client.weight_version() for server in engine._servers] == ["1", "1"]
+    assert engine.metrics()["sync_bytes"] > 1e5
+
+
+def test_the_reference_stays_frozen(engine):
+    sampling = SamplingParams(max_tokens=6)
+    engine.keep_reference()
+    first = everything(engine, sampling)
+    move(engine.model)
+    engine.sync_weights(1)
+    assert engine.generate(MANY, n=2, sampling=sampling, seeds=range(24), weights="reference") == first
+    assert gap(engine.model, everything(engine, sampling)) < 1e-4
+
+
+def test_both_servers_work(engine):
+    everything(engine)  # the first long completions of a server wait for kernels to be compiled
+    asked = {server.name: 0 for server in engine._servers}
+    for server in engine._servers:
+        complete = server.client.complete
+
+        def counted(*arguments, name=server.name, complete=complete):
+            asked[name] += 1
+            return complete(*arguments)
+
+        server.client.complete = counted
+    engine._width = 2
+    everything(engine)
+    engine._width = 32
+    assert sum(asked.values()) == len(MANY) and min(asked.values()) > len(MANY) // 4
+
+
+def in_mid_generation(engine, action):
+    """Draw while something happens to a server that has requests under way."""
+    engine._width = 4
+    timer = threading.Timer(0.7, action)
+    timer.start()
+    try:
+        return everything(engine)
+    finally:
+        timer.join()
+        engine._width = 32
+
+
+def test_a_server_that_is_killed_is_started_again_and_nothing_is_lost(engine):
+    move(engine.model)
+    engine.sync_weights(1)
+    before = everything(engine)
+    victim = engine._servers[0]
+    after = in_mid_generation(engine, lambda: os.killpg(victim.process.pid, signal.SIGKILL))
+    assert [[s.token_ids for s in group] for group in after] == [[s.token_ids for s in group] for group in before]
+    assert "ended with -9" in engine.notes[0] and "log:" in engine.notes[0]
+    engine.generate(PROMPTS, n=1, sampling=SLOW, seeds=[0] * 3)  # mends what is still broken
+    assert any("starting a server again (1 of 3)" in note for note in engine.notes)
+    assert not victim.fault and victim.client.weight_version() == "1"  # and it has the weights that the other has
+    alone = VLLMServersEngine.__new__(VLLMServersEngine)
+    alone.__dict__ = engine.__dict__ | {"_servers": [victim]}
+    assert (
+        gap(engine.model, alone.generate(PROMPTS, n=2, sampling=SamplingParams(max_tokens=6), seeds=[1, 2, 3])) < 1e-4
+    )
+    found = engine.metrics()
+    assert found["server_failures"] == 1 and found["server_restarts"] == 1
+
+
+def test_a_server_that_hangs_is_given_up_within_the_time_limit(engine):
+    before = everything(engine)
+    victim = engine._servers[1]
+    for server in engine._servers:
+        server.client._limit = 8.0
+    try:
+        start = time.monotonic()
+        after = in_mid_generation(engine, lambda: os.killpg(victim.process.pid, signal.SIGSTOP))
+        seconds = time.monotonic() - start
+    finally:
+        for server in engine._servers:
+            server.client._limit = LIMIT
+    assert [[s.token_ids for s in group] for group in after] == [[s.token_ids for s in group] for group in before]
+    assert "no answer within 8 s" in engine.notes[0] and seconds < 150
+
+
+def test_a_prompt_that_is_too_long_is_the_prompts_fault(engine):
+    with pytest.raises(UserError, match="600"):
+        engine.generate([[2], [3] * 600], n=1, sampling=SamplingParams(max_tokens=4), seeds=[1, 2])
+    assert not engine.notes and not any(server.fault for server in engine._servers)
+
+
+def test_servers_want_the_key_on_every_route(engine):
+    url = engine._servers[0].name
+    for path in ("/v1/models", "/pause", "/collective_rpc", "/reset_prefix_cache", "/metrics"):
+        assert requests.post(url + path, timeout=10).status_code == 401
+    assert requests.get(url + "/health", timeout=10).status_code == 200
+    with pytest.raises(ServerError, match="refused our key; set AAPO_FAST_API_KEY"):
+        ServerClient(url, "wrong", LIMIT).check()
+
+
+def test_servers_of_others_must_be_there_and_fresh(engine, tmp_path):
+    def other(url):
+        server = Server(ServerClient(url, KEY, LIMIT), None)
+        return VLLMServersEngine(engine.model, engine.tokenizer, [server], FolderTransport(tmp_path / "w"), LIMIT)
+
+    with pytest.raises(ServerError, match=r"no connection \(.*refused.*is the server running"):
+        other(f"http://127.0.0.1:{free_port()}")
+    engine.sync_weights(3)
+    with pytest.raises(ServerError, match="holds weights of version '3', of another run"):
+        other(engine._servers[0].name)
+
+
+def test_when_nobody_is_left_the_run_says_what_each_did(engine, tmp_path):
+    """A server of somebody else's that is gone cannot be started again."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    lost = VLLMServersEngine.__new__(VLLMServersEngine)
+    server = Server(ServerClient(url, KEY, LIMIT), None)
+    lost.__dict__ = engine.__dict__ | {"_servers": [server]}
+    with pytest.raises(ServerError, match=f"no vLLM server is left: {url}/v1/completions: no connection"):
+        lost.generate(PROMPTS, n=1, sampling=SLOW, seeds=[0] * 3)
+    listener.close()
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path):
+    settings = vllm_support.settings(tmp_path / "nowhere")
+    process = ServerProcess(settings, KEY, tmp_path / "server.log", start_limit_seconds=LIMIT)
+    with pytest.raises(ServerError, match=r"ended with .* at its start: .*server\.log"):
+        process.start(LIMIT)
+    assert process.exit_code() is not None
+    process.stop()
