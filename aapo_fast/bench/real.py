@@ -13,12 +13,12 @@ from aapo_fast.types import SamplingParams, UserError
 QUICKSTART = Path(aapo_fast.__file__).parent / "cli" / "quickstart.toml"
 PROMPTS = ("The sea is", "Question: What is 7 + 5?\nAnswer:", "def f(x):", "Once upon a time", "To make bread, you")
 COMPLETIONS = 4
-MAX_TOKENS = 24
+MAX_TOKENS = 64
 GROUP = 32
 
 
 def sampled_states(seed: int) -> Problem:
-    """Up to 480 sampled tokens, in float32 on the CPU.
+    """Up to 1280 sampled tokens, in float32 on the CPU.
 
     They are cut to whole groups of 32, each with a random advantage: some peers want sequences of one length, and
     bfloat16 products of odd sizes are many times slower on a CPU.
