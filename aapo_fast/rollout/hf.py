@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aapo_fast.rollout.eos import eos_token_ids
 from aapo_fast.types import FinishReason, Progress, Sample, SamplingParams, UserError, Weights
 
 
@@ -46,7 +47,7 @@ class HFEngine:
         self.max_batch_size = max_batch_size
         self.weight_version = 0
         self._reference: nn.Module | None = None
-        self._eos = _eos_token_ids(model, tokenizer)
+        self._eos = eos_token_ids(model, tokenizer)
 
     def keep_reference(self) -> None:
         if self.weight_version != 0:
@@ -226,9 +227,3 @@ def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     return ids, mask
-
-
-def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)

@@ -48,7 +48,8 @@ def make_engine(config: Config, policy: Policy, folder: Path, display: Display) 
         display.note(f"starting {config.vllm.num_servers} vLLM server(s); their logs: {folder}/vllm-*.log")
         servers = [Server(None, process) for process in _processes(config, settings, policy.device, folder)]
     width = max(1, config.rollout.max_batch_size // config.rollout.group_size)
-    return VLLMServersEngine(model, tokenizer, servers, _transport(config), limit, width, display.note)
+    dtype = getattr(torch, settings.dtype)
+    return VLLMServersEngine(model, tokenizer, servers, _transport(config), limit, dtype, width, display.note)
 
 
 def engine_settings(config: Config, device: torch.device) -> EngineSettings:

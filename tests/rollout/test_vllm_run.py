@@ -1,11 +1,18 @@
 """Whole runs on vLLM: a tiny model learns as it does on the other engine; weights that do not arrive stop the run."""
 
+import os
+import subprocess
+import sys
+import time
+
 import pytest
 import support
 import vllm_support
 
 from aapo_fast import config
 from aapo_fast.rollout.vllm import local
+from aapo_fast.rollout.vllm.client import ServerClient, ServerError
+from aapo_fast.rollout.vllm.process import free_port
 from aapo_fast.trainer import loop
 from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.records import read_lines
@@ -42,3 +49,33 @@ def test_weights_that_do_not_arrive_stop_the_run(tmp_path, tree, monkeypatch):
         loop.train(config.parse(tree), Display(quiet=True))
     records = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert len(records) >= 1 and (tmp_path / "run" / "model").exists()  # what was reached is kept
+
+
+def test_a_server_of_aapo_fast_serve_and_rollouts_one_step_ahead(tmp_path, tree, monkeypatch):
+    """As a user starts it: `aapo-fast serve`, its key in the environment, a run that draws while it trains."""
+    monkeypatch.setenv("AAPO_FAST_API_KEY", "the key")
+    path, port = tmp_path / "config.toml", free_port()
+    path.write_text(f'[model]\npath = "{tree["model"]["path"]}"\n[vllm]\nmax_model_len = 256\ncpu_kv_cache_gib = 1\n')
+    command = [sys.executable, "-m", "aapo_fast.cli", "serve", str(path), "--port", str(port)]
+    with subprocess.Popen(command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as server:
+        try:
+            wait_for(ServerClient(f"http://127.0.0.1:{port}", "the key", 60), server)
+            tree["rollout"] |= {"engine": "vllm_server", "max_staleness": 1}
+            tree["vllm"] |= {"servers": [f"http://127.0.0.1:{port}"], "weights_folder": str(tmp_path / "weights")}
+            summary = loop.train(config.parse(tree), Display(quiet=True))
+        finally:
+            server.terminate()
+    assert summary["accuracy_after"] == 1.0
+    records = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [r["staleness"] for r in records[:3]] == [0, 1, 1] and max(r["staleness"] for r in records) == 1
+    assert not any((tmp_path / "weights").iterdir())  # nothing is left behind
+
+
+def wait_for(client, server):
+    deadline = time.monotonic() + 200
+    while True:
+        try:
+            return client.check()
+        except ServerError:
+            assert server.poll() is None and time.monotonic() < deadline, server.stdout.read1().decode()
+            time.sleep(0.5)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import requests
+import torch
 import vllm_support
 from vllm_support import PROMPTS, gap, move, same_greedy
 
@@ -37,7 +38,7 @@ def started(tmp_path_factory):
     servers = [Server(None, ServerProcess(settings, KEY, folder / f"vllm-{i}.log")) for i in range(2)]
     notes = []
     transport = FolderTransport(Path(tmp_path_factory.mktemp("weights")))
-    engine = VLLMServersEngine(model, tokenizer, servers, transport, LIMIT, note=notes.append)
+    engine = VLLMServersEngine(model, tokenizer, servers, transport, LIMIT, torch.float32, note=notes.append)
     yield engine, notes, {name: tensor.clone() for name, tensor in model.state_dict().items()}
     # A server ends with the trainer, whatever ended that: its standard input closes.
     servers[0].process._process.stdin.close()
@@ -172,16 +173,30 @@ def test_servers_want_the_key_on_every_route(engine):
         ServerClient(url, "wrong", LIMIT).check()
 
 
-def test_servers_of_others_must_be_there_and_fresh(engine, tmp_path):
+def test_servers_of_others_must_be_there_and_get_our_weights_first(engine, tmp_path):
     def other(url):
         server = Server(ServerClient(url, KEY, LIMIT), None)
-        return VLLMServersEngine(engine.model, engine.tokenizer, [server], FolderTransport(tmp_path / "w"), LIMIT)
+        folder = FolderTransport(tmp_path / "w")
+        return VLLMServersEngine(engine.model, engine.tokenizer, [server], folder, LIMIT, torch.float32)
 
     with pytest.raises(ServerError, match=r"no connection \(.*refused.*is the server running"):
         other(f"http://127.0.0.1:{free_port()}")
     engine.sync_weights(3)
-    with pytest.raises(ServerError, match="holds weights of version '3', of another run"):
-        other(engine._servers[0].name)
+    move(engine.model)  # another run, of another model of the same shape
+    theirs = other(engine._servers[0].name)
+    assert same_greedy(theirs, HFEngine(engine.model, engine.tokenizer))
+    assert theirs._servers[0].client.weight_version() == "0"
+    theirs.close()
+    assert engine._servers[0].process.exit_code() is None  # it is not ours to end
+
+
+def test_an_interrupted_run_does_not_wait_for_what_is_under_way(engine):
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(MANY, n=2, sampling=SLOW, seeds=range(len(MANY)), progress=interrupt)
+    assert len(everything(engine)) == len(MANY)  # and nothing of it comes out of the next call
 
 
 def test_when_nobody_is_left_the_run_says_what_each_did(engine, tmp_path):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ class LocalLLM:
         for name, value in {**settings.environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
             os.environ.setdefault(name, value)
         try:
-            import vllm
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what vLLM's imports find deprecated
+                import vllm
         except ImportError as error:
             raise UserError(
                 f"rollout.engine='vllm' needs vllm ({error}); run: pip install 'aapo-fast[vllm]', without a GPU: "
@@ -46,7 +49,7 @@ class LocalLLM:
         self._vllm = vllm
         try:
             with _leaving_torch_alone():
-                self._llm = vllm.LLM(**settings.arguments(), enable_sleep_mode=self._cuda)
+                self._llm = vllm.LLM(**settings.arguments(), enable_sleep_mode=self._cuda, use_tqdm_on_load=False)
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"vLLM did not start: {str(error).strip().splitlines()[-1]}") from error
 
@@ -56,9 +59,10 @@ class LocalLLM:
         n: int,
         sampling: SamplingParams,
         seeds: Sequence[int],
+        eos: Collection[int],
         progress: Callable[[int], None],
     ) -> list[list[Completion]]:
-        """n completions of each prompt; ``progress`` is told how many prompts are done.
+        """n completions of each prompt, ended by a token of ``eos``; ``progress`` is told how many prompts are done.
 
         Raises:
             UserError: vLLM refuses a prompt.
@@ -67,7 +71,7 @@ class LocalLLM:
         found: dict[int, list[Completion]] = {}
         try:
             for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-                engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, self._params(n, sampling, seed))
+                engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, self._params(n, sampling, seed, eos))
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if output.finished:
@@ -120,7 +124,7 @@ class LocalLLM:
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
 
-    def _params(self, n: int, sampling: SamplingParams, seed: int) -> Any:
+    def _params(self, n: int, sampling: SamplingParams, seed: int, eos: Collection[int]) -> Any:
         return self._vllm.SamplingParams(
             n=n,
             seed=seed,
@@ -128,6 +132,7 @@ class LocalLLM:
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
             stop=list(sampling.stop) or None,
+            stop_token_ids=sorted(eos),
             include_stop_str_in_output=True,
             skip_special_tokens=False,
             logprobs=0,  # that of the sampled token alone
@@ -140,10 +145,13 @@ def _leaving_torch_alone() -> Iterator[None]:
     """A starting engine seeds the global generators, and on a CPU it puts a dummy in the place of
     ``torch.set_num_threads``; the trainer in the same process wants both as they were.
     """
+    # Its warnings are not about anything that a user of ours could change.
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     torch_state, python_state = torch.get_rng_state(), random.getstate()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(num_threads)

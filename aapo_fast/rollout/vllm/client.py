@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,8 +44,10 @@ class ServerClient:
         self._model = self._call("GET", "/v1/models", CONTROL_SECONDS).json()["data"][0]["id"]
         self._call("GET", "/is_paused", CONTROL_SECONDS)
 
-    def complete(self, prompt: Sequence[int], n: int, sampling: SamplingParams, seed: int) -> list[Completion]:
-        """n completions of one prompt."""
+    def complete(
+        self, prompt: Sequence[int], n: int, sampling: SamplingParams, seed: int, eos: Collection[int]
+    ) -> list[Completion]:
+        """n completions of one prompt, ended by a token of ``eos``."""
         body: dict[str, Any] = {
             "model": self._model,
             "prompt": list(prompt),
@@ -55,16 +57,23 @@ class ServerClient:
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_tokens,
             "stop": list(sampling.stop) or None,
+            "stop_token_ids": sorted(eos),
             "include_stop_str_in_output": True,
             "skip_special_tokens": False,
             "logprobs": 0,  # that of the sampled token alone
             "return_token_ids": True,
         }
-        choices = self._call("POST", "/v1/completions", self._limit, json=body).json()["choices"]
-        found = sorted(choices, key=lambda choice: choice["index"])
-        if len(found) != n:
-            raise ServerError(f"{self.url} gave {len(found)} completions of {n} asked for")
-        return [Completion(c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"]) for c in found]
+        answer = self._call("POST", "/v1/completions", self._limit, json=body).json()
+        try:
+            found = sorted(answer["choices"], key=lambda choice: choice["index"])
+            completions = [
+                Completion(c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"]) for c in found
+            ]
+        except (KeyError, TypeError) as error:
+            raise RequestError(f"{self.url} is no vLLM that is known here: its completions lack {error}") from error
+        if len(completions) != n:
+            raise ServerError(f"{self.url} gave {len(completions)} completions of {n} asked for")
+        return completions
 
     def weight_version(self) -> str:
         """What the last sync called the weights that the server holds."""

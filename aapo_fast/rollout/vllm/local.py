@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from aapo_fast.rollout.eos import eos_token_ids
 from aapo_fast.rollout.vllm.adapter import LocalLLM
 from aapo_fast.rollout.vllm.samples import make_sample
 from aapo_fast.rollout.vllm.settings import EngineSettings
@@ -36,6 +37,7 @@ class VLLMEngine:
     def __init__(self, model: nn.Module, tokenizer: Any, settings: EngineSettings) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.weight_version = 0
+        self._eos = eos_token_ids(model, tokenizer)
         self._llm = LocalLLM(settings)
         self._holds: tuple[str, int] = ("policy", 0)
         self._asleep = False
@@ -90,7 +92,9 @@ class VLLMEngine:
                 raise UserError(f"prompt {index} has no tokens; an empty prompt cannot be continued")
         version = self._hold(weights)
         start, total = time.perf_counter(), len(prompts)
-        drawn = self._llm.generate(prompts, n, sampling, seeds, lambda done: progress and progress(done, total))
+        drawn = self._llm.generate(
+            prompts, n, sampling, seeds, self._eos, lambda done: progress and progress(done, total)
+        )
         self._count("generation_seconds", time.perf_counter() - start)
         return [
             [make_sample(self.tokenizer, prompt, completion, version) for completion in completions]
@@ -116,7 +120,7 @@ class VLLMEngine:
                 self._llm.wake_for_generating()
             self._holds, self._asleep = wanted, False
             self._count("sync_seconds", time.perf_counter() - start)
-            self._count("sync_bytes", size_bytes(self.model))
+            self._count("sync_bytes", size_bytes(named_weights(self.model)))
         return version
 
     def _count(self, name: str, value: float) -> None:

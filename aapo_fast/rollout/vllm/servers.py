@@ -18,8 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
+from aapo_fast.rollout.eos import eos_token_ids
 from aapo_fast.rollout.vllm.client import RequestError, ServerClient, ServerError
 from aapo_fast.rollout.vllm.process import ServerProcess
 from aapo_fast.rollout.vllm.samples import Completion, make_sample
@@ -75,6 +77,7 @@ class _Draw:
     total: int
     found: dict[int, list[Completion]] = field(default_factory=dict)
     refused: RequestError | None = None
+    abandoned: bool = False
 
 
 class VLLMServersEngine:
@@ -85,7 +88,8 @@ class VLLMServersEngine:
         tokenizer: decodes completions.
         servers: those to use; ours among them are started here.
         transport: how weights reach them.
-        time_limit_seconds: of one request, and of one transfer of weights.
+        time_limit_seconds: of the start of a server, which then answers each request within its client's own.
+        dtype: of the servers' weights; what is sent is rounded to it here.
         requests_a_server: prompts under way at a server; each brings n completions.
         note: told what failed and what was done about it.
 
@@ -100,6 +104,7 @@ class VLLMServersEngine:
         servers: Sequence[Server],
         transport: Transport,
         time_limit_seconds: float,
+        dtype: torch.dtype,
         requests_a_server: int = 32,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -107,11 +112,14 @@ class VLLMServersEngine:
         self.weight_version = 0
         self._servers, self._transport = list(servers), transport
         self._limit, self._width, self._note = time_limit_seconds, requests_a_server, note
+        self._dtype, self._eos = dtype, eos_token_ids(model, tokenizer)
         self._wanted = FIRST
         self._lock = threading.Lock()
         self._metrics: dict[str, float] = {}
         try:
             self._each(self._servers, self._begin)
+            if any(server.holds != FIRST for server in self._servers):
+                self.sync_weights(0)
         except BaseException:
             self.close()
             raise
@@ -119,7 +127,7 @@ class VLLMServersEngine:
     def keep_reference(self) -> None:
         if self.weight_version != 0:
             raise RuntimeError("keep_reference: the policy has moved already; call it before the first update")
-        self._transport.publish("reference", named_weights(self.model))
+        self._transport.publish("reference", named_weights(self.model, self._dtype))
 
     def sync_weights(self, version: int) -> None:
         self.weight_version = version
@@ -181,14 +189,14 @@ class VLLMServersEngine:
         """All servers in use work on the queue until it is empty or they have failed."""
 
         def work(server: Server) -> None:
-            while not server.fault and draw.refused is None:
+            while not (server.fault or draw.refused or draw.abandoned):
                 try:
                     job = draw.jobs.get_nowait()
                 except queue.Empty:
                     return
                 try:
                     assert server.client is not None
-                    completions = server.client.complete(job.prompt, n, sampling, job.seed)
+                    completions = server.client.complete(job.prompt, n, sampling, job.seed, self._eos)
                 except RequestError as error:  # the request is at fault: another server would say the same
                     draw.refused = error
                 except ServerError as error:
@@ -202,9 +210,14 @@ class VLLMServersEngine:
                             progress(len(draw.found), draw.total)
 
         in_use = [server for server in self._servers if not server.fault]
-        with ThreadPoolExecutor(self._width * len(in_use)) as pool:
+        pool = ThreadPoolExecutor(self._width * len(in_use))
+        try:
             for future in [pool.submit(work, server) for server in in_use for _ in range(self._width)]:
                 future.result()
+        finally:  # an interrupted run does not wait for what is under way
+            draw.abandoned = True
+            pool.shutdown(wait=False, cancel_futures=True)
+        draw.abandoned = False
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
@@ -214,9 +227,10 @@ class VLLMServersEngine:
 
     def _publish(self) -> None:
         start = time.perf_counter()
-        self._transport.publish(self._policy, named_weights(self.model))
+        weights = list(named_weights(self.model, self._dtype))
+        self._transport.publish(self._policy, weights)
         self._count("sync_seconds", time.perf_counter() - start)
-        self._count("sync_bytes", size_bytes(self.model))
+        self._count("sync_bytes", size_bytes(weights))
 
     def _want(self, name: str) -> int:
         """Have every server that is in use hold the weights ``name``; their version."""
@@ -249,12 +263,7 @@ class VLLMServersEngine:
         else:
             assert server.client is not None
             server.client.check()
-            found = server.client.weight_version()
-            if found not in ("default", "0"):
-                raise ServerError(
-                    f"{server.name} holds weights of version {found!r}, of another run; restart it, so that the "
-                    "reference is the model that you name"
-                )
+            server.holds = ""  # perhaps those of another run
 
     def _failed(self, server: Server, error: ServerError) -> None:
         with self._lock:

@@ -49,6 +49,9 @@ class EngineSettings:
             "seed": self.seed,
             # What the sampler drew from: after temperature and top-p. Raw ones would be those of temperature 1.
             "logprobs_mode": "processed_logprobs",
+            # A model's generation_config.json may ask for a top-k or a repetition penalty, which a server would apply
+            # to requests that do not speak of them. What ends a completion is sent with each request.
+            "generation_config": "vllm",
         }
         if self.device == "cuda":
             found["gpu_memory_utilization"] = self.gpu_memory_utilization

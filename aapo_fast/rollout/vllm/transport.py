@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -64,10 +64,7 @@ class FolderTransport:
                 if old != target:
                     shutil.rmtree(old)
             scratch.mkdir(parents=True, exist_ok=True)
-            # Tied tensors are one memory, which the format refuses; under two names they are two tensors.
-            save_file(
-                {key: tensor.cpu().contiguous().clone() for key, tensor in weights}, scratch / "model.safetensors"
-            )
+            save_file(dict(_apart(weights)), scratch / "model.safetensors")
             shutil.rmtree(target, ignore_errors=True)
             scratch.rename(target)
         except OSError as error:
@@ -82,3 +79,14 @@ class FolderTransport:
 
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _apart(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """On the CPU, and tied tensors as two: the format refuses one memory under two names."""
+    seen = set()
+    for name, tensor in weights:
+        found = tensor.cpu().contiguous()
+        if found.data_ptr() in seen:
+            found = found.clone()
+        seen.add(found.data_ptr())
+        yield name, found

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor, nn
 
 Weights = Iterator[tuple[str, Tensor]]
 
 
-def named_weights(model: nn.Module) -> Weights:
-    """Every tensor of the model's checkpoint, by its name there, without gradient.
+def named_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Weights:
+    """Every tensor of the model's checkpoint, by its name there, without gradient; floating-point ones in ``dtype``.
 
     A tied head is sent under its own name besides: an engine that keeps a packed copy of it would otherwise go on
     sampling from the old one, silently.
     """
     for name, tensor in model.state_dict().items():
-        yield name, tensor.detach()
+        yield name, tensor.detach().to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
 
 
 def frozen_copy(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -25,6 +26,6 @@ def frozen_copy(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, copies.setdefault(t.data_ptr(), t.cpu().clone())) for name, t in named_weights(model)]
 
 
-def size_bytes(model: nn.Module) -> int:
-    """What one sync sends."""
-    return sum(tensor.numel() * tensor.element_size() for _, tensor in named_weights(model))
+def size_bytes(weights: Iterable[tuple[str, Tensor]]) -> int:
+    """What a sync of them sends."""
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in weights)
