@@ -69,6 +69,8 @@ def test_every_option_is_documented():
         ({"loss.backward": "sparse", "loss.implementation": "reference"}, "is not for loss.implementation='reference'"),
         ({"loss.max_importance_weight": "0.5"}, "loss.max_importance_weight=0.5 must be at least 1 and finite"),
         ({"rollout.engine": "vllm", "vllm.tensor_parallel_size": "2"}, "use rollout.engine='vllm_server'"),
+        ({"rollout.engine": "vllm", "vllm.max_model_len": "64"}, "would cut completions short"),
+        ({"rollout.engine": "vllm", "rollout.temperature": "0.001"}, "vLLM samples at 0.01 or above"),
         ({"rollout.max_staleness": "1"}, "rollout.max_staleness=1 needs rollout.engine='vllm_server'"),
         ({"rollout.max_staleness": "2", "rollout.engine": "vllm_server"}, "rollout.max_staleness=2 must be 0 or 1"),
         ({"vllm.gpu_memory_utilization": "1"}, "vllm.gpu_memory_utilization=1.0 must lie in (0, 1)"),

@@ -93,7 +93,7 @@ def measure(path: str, rounds: int, output: Path, command: str) -> dict[str, Any
             syncs.append(bench.seconds("in process", engine.sync_weights))
             syncs.append(bench.seconds("in process, disk", lambda number: _through_checkpoint(engine, Path(disk))))
         for name, parent in (("memory", SHARED_MEMORY), ("disk", Path(disk))):
-            with _server(bench, parent, Path(disk) / f"{name}.log") as servers:
+            with _server(bench, parent, output.with_name(f"server-{name}.log")) as servers:
                 if name == "memory":
                     throughputs.append(bench.throughput("vllm, server", servers))
                 syncs.append(bench.seconds(f"server, {name}", servers.sync_weights))

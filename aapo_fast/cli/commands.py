@@ -8,6 +8,7 @@ import math
 import os
 import secrets
 import shlex
+import socket
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -113,7 +114,8 @@ def serve(config: Config, host: str, port: int) -> int:
         key = secrets.token_urlsafe(32)
         print(f"no {KEY_VARIABLE} is set; for the trainer: export {KEY_VARIABLE}={key}")
     settings = engine_settings(config, resolve_device(config.model.device))
-    print(f"for the trainer: --rollout.engine vllm_server --vllm.servers '[\"http://{host}:{port}\"]'", flush=True)
+    reached = socket.gethostname() if host in ("0.0.0.0", "::") else host
+    print(f"for the trainer: --rollout.engine vllm_server --vllm.servers '[\"http://{reached}:{port}\"]'", flush=True)
     line = process.command(settings, host, port)
     os.execve(line[0], line, process.environment(settings, key))
 

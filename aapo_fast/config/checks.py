@@ -76,6 +76,14 @@ def _check_engines(c: Config) -> None:
             f"vllm.tensor_parallel_size={c.vllm.tensor_parallel_size}: an engine in the trainer's process has its one "
             "GPU; use rollout.engine='vllm_server'"
         )
+    needed = c.data.max_prompt_tokens + c.rollout.max_tokens
+    if 0 < c.vllm.max_model_len < needed and c.rollout.engine != "hf":
+        raise ConfigError(
+            f"vllm.max_model_len={c.vllm.max_model_len} would cut completions short: data.max_prompt_tokens + "
+            f"rollout.max_tokens are {needed}"
+        )
+    if c.rollout.temperature < 0.01 and c.rollout.engine != "hf":
+        raise ConfigError(f"rollout.temperature={c.rollout.temperature}: vLLM samples at 0.01 or above")
     if c.vllm.time_limit_seconds <= 0:
         raise ConfigError(f"vllm.time_limit_seconds={c.vllm.time_limit_seconds} must be above 0")
     if not 0 < c.vllm.gpu_memory_utilization < 1:

@@ -122,7 +122,8 @@ class VLLMConfig:
     weights_folder: str = option("", "where weights for servers are written; empty: in memory (/dev/shm)")
     address: str = option("", "this host as servers on GPUs reach it, for NCCL; empty: through weights_folder")
     max_logprob_gap: float = option(
-        0.0, "largest mean difference of log-probabilities, in nats; 0: 0.005 for a float32 engine, 0.1 for 16 bits"
+        0.0,
+        "largest mean gap to the engine's log-probabilities, nats; 0: 0.005 in float32, 0.05 float16, 0.1 bfloat16",
     )
 
 

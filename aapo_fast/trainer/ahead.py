@@ -8,8 +8,8 @@ A sync waits for what is being drawn, so a completion is never of two weights.
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from types import TracebackType
+import threading
+from concurrent.futures import Future, wait
 
 from aapo_fast.trainer.sampling import rollout
 from aapo_fast.trainer.setup import Run
@@ -17,19 +17,11 @@ from aapo_fast.types import Group
 
 
 class Rollouts:
-    """The groups of each step, in order. ``with Rollouts(run) as rollouts: ...``"""
+    """The groups of each step, in order."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._pool = ThreadPoolExecutor(1) if run.config.rollout.max_staleness else None
         self._next: Future[list[Group]] | None = None
-
-    def __enter__(self) -> Rollouts:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
 
     def take(self, number: int) -> list[Group]:
         """Those of step ``number``; what went wrong while they were drawn is raised here."""
@@ -38,8 +30,19 @@ class Rollouts:
 
     def start(self, number: int) -> None:
         """Begin to draw those of step ``number``, if drawing ahead is wanted and there is such a step."""
-        if self._pool is not None and number <= len(self._run.schedule):
-            self._next = self._pool.submit(self._draw, number)
+        if not self._run.config.rollout.max_staleness or number > len(self._run.schedule):
+            return
+        future: Future[list[Group]] = Future()
+
+        def draw() -> None:
+            try:
+                future.set_result(self._draw(number))
+            except BaseException as error:
+                future.set_exception(error)
+
+        # A daemon: a run that ends with an error or an interrupt does not wait for what it will not use.
+        threading.Thread(target=draw, daemon=True).start()
+        self._next = future
 
     def wait(self) -> None:
         """Until nothing is being drawn."""

@@ -38,18 +38,25 @@ def make_engine(config: Config, policy: Policy, folder: Path, display: Display) 
         return HFEngine(model, tokenizer, config.rollout.max_batch_size)
     settings = engine_settings(config, policy.device)
     if config.rollout.engine == "vllm":
+        if policy.device.index:
+            raise ConfigError(
+                f"model.device={config.model.device!r}: vLLM in this process takes the first GPU that it sees; set "
+                f"CUDA_VISIBLE_DEVICES={policy.device.index} and model.device='cuda'"
+            )
         display.note("starting vLLM")
         return VLLMEngine(model, tokenizer, settings)
     limit = config.vllm.time_limit_seconds
     if config.vllm.servers:
         key = os.environ.get(KEY_VARIABLE, "")
-        servers = [Server(ServerClient(url, key, limit), None) for url in config.vllm.servers]
+        servers = [Server(ServerClient(url, key, limit, settings.max_model_len), None) for url in config.vllm.servers]
     else:
         display.note(f"starting {config.vllm.num_servers} vLLM server(s); their logs: {folder}/vllm-*.log")
         servers = [Server(None, process) for process in _processes(config, settings, policy.device, folder)]
     width = max(1, config.rollout.max_batch_size // config.rollout.group_size)
     dtype = getattr(torch, settings.dtype)
-    return VLLMServersEngine(model, tokenizer, servers, _transport(config), limit, dtype, width, display.note)
+    return VLLMServersEngine(
+        model, tokenizer, servers, _transport(config, policy.device), limit, dtype, width, display.note
+    )
 
 
 def engine_settings(config: Config, device: torch.device) -> EngineSettings:
@@ -66,6 +73,11 @@ def engine_settings(config: Config, device: torch.device) -> EngineSettings:
         enforce_eager=config.vllm.enforce_eager,
         seed=config.run.seed,
     )
+
+
+def engine_version(config: Config, device: torch.device) -> str:
+    """What the engine adds to what decides a completion: nothing, where the model samples for itself."""
+    return "" if config.rollout.engine == "hf" else f" by vLLM in {engine_dtype(config.vllm.dtype, device)}"
 
 
 def max_logprob_gap(config: Config, device: torch.device) -> float:
@@ -94,21 +106,27 @@ def _processes(config: Config, settings: EngineSettings, device: torch.device, f
 
 
 def _gpus(config: Config, number: int, device: torch.device) -> dict[str, str]:
-    """The GPUs of server ``number``: those after the trainer's."""
+    """The GPUs of server ``number``: those after the trainer's, of those that the trainer sees."""
     if device.type != "cuda":
         return {}
     width = config.vllm.tensor_parallel_size
     first = (device.index or 0) + 1 + number * width
-    if first + width > torch.cuda.device_count():
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    seen = seen if seen != [""] else [str(i) for i in range(torch.cuda.device_count())]
+    if first + width > len(seen):
         raise ConfigError(
             f"vllm.num_servers={config.vllm.num_servers} of {width} GPUs each beside {device}: this machine has "
-            f"{torch.cuda.device_count()}; start fewer, or use rollout.engine='vllm' on the trainer's own"
+            f"{len(seen)} of them; start fewer, or use rollout.engine='vllm' on the trainer's own"
         )
-    return {"CUDA_VISIBLE_DEVICES": ",".join(str(i) for i in range(first, first + width))}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(seen[first : first + width])}
 
 
-def _transport(config: Config) -> Transport:
+def _transport(config: Config, device: torch.device) -> Transport:
     if config.vllm.address:
+        if device.type != "cuda":
+            raise ConfigError(
+                f"vllm.address={config.vllm.address!r} is for NCCL between GPUs, and model.device is {device}"
+            )
         from aapo_fast.rollout.vllm.adapter import NCCLTransport
 
         return NCCLTransport(config.vllm.address, config.vllm.time_limit_seconds)

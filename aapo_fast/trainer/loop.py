@@ -22,7 +22,7 @@ from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.engine import max_logprob_gap
 from aapo_fast.trainer.records import MODEL, SUMMARY, Clock
 from aapo_fast.trainer.report import Step, Totals, evaluate_held_out, report_step, summarise
-from aapo_fast.trainer.sampling import before_the_first_step, reference_rewards, score
+from aapo_fast.trainer.sampling import before_the_first_step, reference_rewards, score, verify_engine
 from aapo_fast.trainer.setup import Run, prepare, rollout_seed
 from aapo_fast.trainer.step import learning_rate, optimizer_step
 from aapo_fast.types import UserError
@@ -68,7 +68,8 @@ def _save(run: Run, totals: Totals) -> None:
 
 def _steps(run: Run, totals: Totals, stop: threading.Event) -> None:
     steps, every = run.config.train.steps, run.config.eval.every
-    with run.display.progress("training") as update, Rollouts(run) as rollouts:
+    rollouts = Rollouts(run)
+    with run.display.progress("training") as update:
         for number in range(1, steps + 1):
             if stop.is_set():
                 return
@@ -125,15 +126,18 @@ def train_step(run: Run, number: int, totals: Totals, rollouts: Rollouts) -> Non
             seed=rollout_seed(config.run.seed, number, 2_000_000),
             max_logprob_gap=math.inf if staleness else max_logprob_gap(config, run.policy.device),
         )
-    with clock.phase("sync"):
-        rollouts.wait()
-        if result.updated:
-            totals.updates += 1
-            run.engine.sync_weights(totals.updates)
-
     totals.steps = number
-    totals.step_seconds += sum(clock.seconds.values())
-    report_step(run, Step(number, groups, reference, advantages, failures, result, lr, staleness, clock.seconds))
+    totals.updates += result.updated
+    try:
+        with clock.phase("sync"):
+            rollouts.wait()
+            if result.updated:
+                run.engine.sync_weights(totals.updates)
+                if config.rollout.max_staleness:  # the samples of a step are older, and cannot be compared with it
+                    verify_engine(run, problems, number)
+    finally:  # what was learned is recorded, whatever became of the engine
+        totals.step_seconds += sum(clock.seconds.values())
+        report_step(run, Step(number, groups, reference, advantages, failures, result, lr, staleness, clock.seconds))
     _count_nonfinite(run, result.finite, totals)
 
 

@@ -15,7 +15,7 @@ from aapo_fast.data.packing import Weighted, pack, pad
 from aapo_fast.models.head import find_decoder, find_head
 from aapo_fast.models.load import load_model, steers_attention
 from aapo_fast.objectives import AAPO, Objective, Regularized
-from aapo_fast.ops.linear_policy import PolicyLoss, linear_policy_loss
+from aapo_fast.ops.linear_policy import PolicyLoss, linear_logprobs, linear_policy_loss
 from aapo_fast.types import Batch, Sample, UserError
 
 DEFAULT_LOSS = LossConfig()
@@ -87,6 +87,17 @@ class Policy:
             seed=seed,
             **self.head.arguments(self.temperature),
         )
+
+    @torch.no_grad()
+    def logps(self, batch: Batch) -> Tensor:
+        """(N,) fp32 log-probabilities of the targets."""
+        return linear_logprobs(
+            self.hidden_states(batch),
+            self.head.weight,
+            batch.targets,
+            implementation=self.how.implementation,
+            **self.head.arguments(self.temperature),
+        ).logps
 
     def fingerprint(self) -> str:
         """A digest of what decides completions beside the sampling: config, tokenizer, weights; not name and folder."""

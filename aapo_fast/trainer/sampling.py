@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
 
+from aapo_fast.data.packing import Weighted
 from aapo_fast.rollout.reference import pair
+from aapo_fast.trainer.engine import max_logprob_gap
+from aapo_fast.trainer.mismatch import Mismatch
 from aapo_fast.trainer.setup import Run, rollout_seed
 from aapo_fast.types import Group, Problem, UserError, Weights
+
+VERIFY_PROBLEMS = 4
 
 REFERENCE_FILL_PROBLEMS = 16
 """Problems whose reference rewards are committed together; what a kill can lose."""
@@ -56,6 +62,22 @@ def score(run: Run, groups: Sequence[Group], where: str) -> list[str]:
     return failures
 
 
+def verify_engine(run: Run, problems: Sequence[Problem], step: int) -> None:
+    """Draw a few completions, and compare the engine's log-probabilities with those of the policy as it is.
+
+    Raises:
+        UserError: they are further apart than ``vllm.max_logprob_gap``.
+    """
+    limit = max_logprob_gap(run.config, run.policy.device)
+    if math.isinf(limit):
+        return
+    few = problems[:VERIFY_PROBLEMS]
+    seeds = [rollout_seed(run.config.run.seed, step, 3_000_000 + i) for i in range(len(few))]
+    drawn = run.engine.generate([p.prompt_ids for p in few], n=1, sampling=run.sampling, seeds=seeds)
+    batch = run.policy.batch([Weighted(sample, 0.0) for samples in drawn for sample in samples])
+    Mismatch.of([run.policy.logps(batch)], [batch.rollout_logps]).check(limit)
+
+
 # --- the frozen reference -------------------------------------------------------------------------------------------
 
 
@@ -64,6 +86,7 @@ def before_the_first_step(run: Run, stop: threading.Event) -> float:
     weights. Returns the seconds it took. Once ``stop`` is set, what is left to draw is left to the next run.
     """
     start = time.perf_counter()
+    verify_engine(run, run.schedule[0], 0)  # before rewards of its samples are kept for other runs too
     if run.config.reference.mode == "online":
         run.engine.keep_reference()
     if run.cache is not None:

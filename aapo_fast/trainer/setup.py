@@ -16,7 +16,7 @@ from aapo_fast.models.load import cache_folder
 from aapo_fast.rewards.scorer import Scorer
 from aapo_fast.rollout.reference import ReferenceCache
 from aapo_fast.trainer.display import Display
-from aapo_fast.trainer.engine import make_engine
+from aapo_fast.trainer.engine import engine_version, make_engine
 from aapo_fast.trainer.policy import Policy
 from aapo_fast.trainer.records import CONFIG, RunFolder
 from aapo_fast.trainer.step import make_optimizer
@@ -102,7 +102,7 @@ def open_cache(config: Config, policy: Policy, scorer: Scorer, sampling: Samplin
     """The reference cache of this model, sampling, seed and rewards."""
     return ReferenceCache(
         Path(config.reference.cache) if config.reference.cache else cache_folder() / "reference.sqlite",
-        model=policy.fingerprint(),
+        model=policy.fingerprint() + engine_version(config, policy.device),
         reward_version=scorer.version(),
         sampling=sampling,
         samples=config.reference.samples,

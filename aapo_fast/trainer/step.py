@@ -11,39 +11,9 @@ from torch import Tensor
 
 from aapo_fast.config import TrainConfig
 from aapo_fast.data.packing import Weighted, microbatches
+from aapo_fast.trainer.mismatch import Mismatch
 from aapo_fast.trainer.policy import Policy
 from aapo_fast.types import UserError
-
-
-@dataclass(frozen=True)
-class Mismatch:
-    """How far the rollout engine's log-probabilities are from the trainer's, over tokens; NaN over none.
-
-    Attributes:
-        mean_gap, max_gap: of their absolute difference, in nats.
-        ratio_mean, ratio_max: of pi / rollout.
-        clipped_share: of tokens whose ratio exceeds ``loss.max_importance_weight``; 0 without it.
-    """
-
-    mean_gap: float
-    max_gap: float
-    ratio_mean: float
-    ratio_max: float
-    clipped_share: float
-
-    @classmethod
-    def of(cls, logps: Sequence[Tensor], rollout_logps: Sequence[Tensor], bound: float) -> Mismatch:
-        """From pieces of (N,) log-probabilities, NaN where there are none; a bound of 0 is no bound."""
-        if not logps:
-            return cls(*[math.nan] * 5)
-        difference = (torch.cat([*logps]) - torch.cat([*rollout_logps])).double()
-        difference = difference[~difference.isnan()]
-        if not difference.numel():
-            return cls(*[math.nan] * 5)
-        gap, ratio = difference.abs(), difference.exp()
-        clipped = (ratio > bound).double().mean() if bound else ratio.new_zeros(())
-        figures = torch.stack([gap.mean(), gap.max(), ratio.mean(), ratio.max(), clipped])
-        return cls(*figures.tolist())
 
 
 @dataclass(frozen=True)
@@ -128,9 +98,11 @@ def optimizer_step(
     mismatch = Mismatch.of(logps, rollout_logps, policy.how.max_importance_weight)
     if not trained:
         return StepResult(0.0, math.nan, 0.0, 0, updated=False, finite=True, mismatch=mismatch)
-    if mismatch.mean_gap > max_logprob_gap:
+    try:
+        mismatch.check(max_logprob_gap)
+    except UserError:
         optimizer.zero_grad(set_to_none=True)
-        raise UserError(_mismatched(mismatch, max_logprob_gap))
+        raise
     limit = config.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), limit).item()
     finite = math.isfinite(norm) and math.isfinite(loss)
@@ -140,13 +112,3 @@ def optimizer_step(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(loss, entropy / trained, norm, trained, updated=finite, finite=finite, mismatch=mismatch)
-
-
-def _mismatched(mismatch: Mismatch, limit: float) -> str:
-    return (
-        f"the rollout engine's log-probabilities differ from the trainer's by {mismatch.mean_gap:.3g} nats on average "
-        f"(at most {mismatch.max_gap:.3g}; pi / rollout {mismatch.ratio_mean:.3g} on average), beyond "
-        f"vllm.max_logprob_gap={limit:g}. Likely causes: weights that did not arrive (a stale tied head, other names), "
-        "a stale prefix cache, another temperature or raw log-probabilities in the engine, its dtype; raise the limit "
-        "only if the gap does not grow from step to step"
-    )

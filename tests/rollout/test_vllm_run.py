@@ -25,7 +25,7 @@ pytestmark = [vllm_support.needs_vllm, pytest.mark.timeout(600)]
 def tree(tmp_path):
     folder = vllm_support.save_model(tmp_path / "model", tied=True)
     return support.tiny_run(
-        tmp_path, folder, rollout__engine="vllm", vllm__max_model_len=256, vllm__cpu_kv_cache_gib=1,
+        tmp_path, folder, rollout__engine="vllm", data__max_prompt_tokens=64, vllm__cpu_kv_cache_gib=1,
         train__steps=25, train__learning_rate=3e-3, rollout__group_size=16, loss__max_importance_weight=2.0,
     )  # fmt: skip
 
@@ -55,7 +55,9 @@ def test_a_server_of_aapo_fast_serve_and_rollouts_one_step_ahead(tmp_path, tree,
     """As a user starts it: `aapo-fast serve`, its key in the environment, a run that draws while it trains."""
     monkeypatch.setenv("AAPO_FAST_API_KEY", "the key")
     path, port = tmp_path / "config.toml", free_port()
-    path.write_text(f'[model]\npath = "{tree["model"]["path"]}"\n[vllm]\nmax_model_len = 256\ncpu_kv_cache_gib = 1\n')
+    path.write_text(
+        f'[model]\npath = "{tree["model"]["path"]}"\n[data]\nmax_prompt_tokens = 64\n[vllm]\ncpu_kv_cache_gib = 1\n'
+    )
     command = [sys.executable, "-m", "aapo_fast.cli", "serve", str(path), "--port", str(port)]
     with subprocess.Popen(command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as server:
         try:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from aapo_fast.rollout.vllm.client import ServerClient, ServerError
 from aapo_fast.rollout.vllm.process import free_port
-from aapo_fast.rollout.vllm.samples import Completion
-from aapo_fast.rollout.vllm.settings import EngineSettings
+from aapo_fast.rollout.vllm.samples import Completion, stream_seed
+from aapo_fast.rollout.vllm.settings import EngineSettings, telling_line
 from aapo_fast.rollout.vllm.weights import Weights
 from aapo_fast.types import SamplingParams, UserError
 
@@ -34,8 +34,9 @@ class LocalLLM:
     """
 
     def __init__(self, settings: EngineSettings) -> None:
-        for name, value in {**settings.environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
+        for name, value in settings.environment().items():
             os.environ.setdefault(name, value)
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else tensors could not be handed over
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what vLLM's imports find deprecated
@@ -51,7 +52,7 @@ class LocalLLM:
             with _leaving_torch_alone():
                 self._llm = vllm.LLM(**settings.arguments(), enable_sleep_mode=self._cuda, use_tqdm_on_load=False)
         except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"vLLM did not start: {str(error).strip().splitlines()[-1]}") from error
+            raise UserError(f"vLLM did not start: {telling_line(str(error))}") from error
 
     def generate(
         self,
@@ -71,21 +72,23 @@ class LocalLLM:
         found: dict[int, list[Completion]] = {}
         try:
             for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-                engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, self._params(n, sampling, seed, eos))
+                self._add(index, prompt, self._params(n, sampling, seed, eos))
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if output.finished:
                         found[int(output.request_id)] = [_completion(c) for c in output.outputs]
                         progress(len(found))
-        except BaseException as error:
+        except BaseException:
             # What is left in the engine would come out of the next call.
             engine.abort_request([str(index) for index in range(len(prompts))])
-            if isinstance(
-                error, (ValueError, self._vllm.exceptions.VLLMClientError)
-            ):  # what vLLM refuses: a prompt that is too long, a token out of range
-                raise UserError(f"vLLM refuses prompt {index}: {error}") from error
             raise
         return [found[index] for index in range(len(prompts))]
+
+    def _add(self, index: int, prompt: Sequence[int], params: Any) -> None:
+        try:
+            self._llm.llm_engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, params)
+        except (ValueError, self._vllm.exceptions.VLLMClientError) as error:  # it is too long, or of unknown tokens
+            raise UserError(f"vLLM refuses prompt {index}: {error}") from error
 
     def load(self, weights: Weights) -> None:
         """Replace the weights, and forget what was computed with the old ones.
@@ -127,7 +130,7 @@ class LocalLLM:
     def _params(self, n: int, sampling: SamplingParams, seed: int, eos: Collection[int]) -> Any:
         return self._vllm.SamplingParams(
             n=n,
-            seed=seed,
+            seed=stream_seed(seed),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
@@ -168,7 +171,7 @@ def _completion(output: Any) -> Completion:
 class NCCLTransport:
     """Weights from this process's GPU straight to those of each server; takes the place of ``FolderTransport``.
 
-    Nothing is kept: what is loaded later, by a server that is restarted, is read from the same tensors.
+    What is published is a copy on this GPU: the policy may be training when a server that was restarted loads it.
 
     Args:
         address: of this host, as the servers reach it.
@@ -179,12 +182,10 @@ class NCCLTransport:
         self._address, self._limit = address, time_limit_seconds
         self._published: dict[str, list[tuple[str, Tensor]]] = {}
         self._senders: dict[ServerClient, Any] = {}
+        self._one_at_a_time = threading.Lock()
 
     def publish(self, name: str, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Remember the tensors of ``name``; those of a policy are the live ones, those of the reference are copied."""
-        tensors = list(weights)
-        if name == "reference":
-            tensors = [(key, tensor.clone()) for key, tensor in tensors]
+        tensors = [(key, tensor.clone()) for key, tensor in weights]
         for old in [key for key in self._published if key != "reference"]:
             del self._published[old]
         self._published[name] = tensors
@@ -199,9 +200,13 @@ class NCCLTransport:
 
         def send() -> None:
             try:
-                sender = self._sender(client)
-                sender.source.tensors = self._published[name]
-                sender.send_weights()
+                with self._one_at_a_time:  # communicators that share a GPU wait for each other in any order
+                    device = self._published[name][0][1].device
+                    if device.type == "cuda":
+                        torch.cuda.set_device(device)
+                    sender = self._sender(client)
+                    sender.source.tensors = self._published[name]
+                    sender.send_weights()
                 done.append(None)
             except BaseException as error:
                 done.append(error)
@@ -211,6 +216,7 @@ class NCCLTransport:
         thread.start()
         thread.join(self._limit)
         if not done:
+            self._senders.pop(client, None)
             raise ServerError(
                 f"{client.url}: weights were not transferred within {self._limit:g} s; restart the server"
             )

@@ -8,11 +8,13 @@ from typing import Any
 
 import requests
 
-from aapo_fast.rollout.vllm.samples import Completion
+from aapo_fast.rollout.vllm.samples import FINISHED, Completion, stream_seed
 from aapo_fast.types import SamplingParams, UserError
 
 CONTROL_SECONDS = 60.0
 """Limit of what a server answers at once, busy or not: health, pause, resume, versions."""
+
+CONNECTIONS = 256
 
 
 class ServerError(UserError):
@@ -30,18 +32,32 @@ class ServerClient:
         url: "http://127.0.0.1:8000".
         api_key: sent with every request; empty is none.
         time_limit_seconds: of one request for completions, and of one transfer of weights.
+        min_model_len: tokens of prompt and completion together that it has to take.
     """
 
-    def __init__(self, url: str, api_key: str, time_limit_seconds: float) -> None:
+    def __init__(self, url: str, api_key: str, time_limit_seconds: float, min_model_len: int = 0) -> None:
         self.url = url.rstrip("/")
-        self._limit = time_limit_seconds
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._limit, self._min_model_len = time_limit_seconds, min_model_len
         self._model = ""
+        self._session = requests.Session()
+        # No proxies, which would see the key, and no .netrc, which would replace it.
+        self._session.trust_env = False
+        self._session.mount("http", requests.adapters.HTTPAdapter(pool_maxsize=CONNECTIONS))
+        self._session.headers.update({"Authorization": f"Bearer {api_key}"} if api_key else {})
 
     def check(self) -> None:
         """Raises ServerError unless the server is there, lets us in, and has the routes that a weight sync needs."""
         self._call("GET", "/health", CONTROL_SECONDS)
-        self._model = self._call("GET", "/v1/models", CONTROL_SECONDS).json()["data"][0]["id"]
+        models = self._json("GET", "/v1/models", CONTROL_SECONDS)
+        try:
+            self._model, length = models["data"][0]["id"], models["data"][0]["max_model_len"]
+        except (KeyError, IndexError, TypeError) as error:
+            raise ServerError(f"{self.url} is no vLLM server: it has no model to name") from error
+        if length < self._min_model_len:
+            raise ServerError(
+                f"{self.url} takes {length} tokens of prompt and completion, and data.max_prompt_tokens + "
+                f"rollout.max_tokens are {self._min_model_len}; start it with a larger --max-model-len"
+            )
         self._call("GET", "/is_paused", CONTROL_SECONDS)
 
     def complete(
@@ -52,9 +68,15 @@ class ServerClient:
             "model": self._model,
             "prompt": list(prompt),
             "n": n,
-            "seed": seed,
+            "seed": stream_seed(seed),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
+            # What a server that was not started by us might otherwise take from the model's generation_config.json.
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
             "max_tokens": sampling.max_tokens,
             "stop": list(sampling.stop) or None,
             "stop_token_ids": sorted(eos),
@@ -63,21 +85,28 @@ class ServerClient:
             "logprobs": 0,  # that of the sampled token alone
             "return_token_ids": True,
         }
-        answer = self._call("POST", "/v1/completions", self._limit, json=body).json()
+        answer = self._json("POST", "/v1/completions", self._limit, json=body)
         try:
             found = sorted(answer["choices"], key=lambda choice: choice["index"])
             completions = [
                 Completion(c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"]) for c in found
             ]
         except (KeyError, TypeError) as error:
-            raise RequestError(f"{self.url} is no vLLM that is known here: its completions lack {error}") from error
-        if len(completions) != n:
-            raise ServerError(f"{self.url} gave {len(completions)} completions of {n} asked for")
+            raise RequestError(
+                f"{self.url} gives completions without tokens or log-probabilities; it has to be a vLLM server of "
+                f"version 0.32 ({type(error).__name__}: {error})"
+            ) from error
+        unfinished = [c.finish_reason for c in completions if c.finish_reason not in FINISHED]
+        if len(completions) != n or unfinished:  # an aborted request answers, too
+            raise ServerError(
+                f"{self.url} gave {len(completions) - len(unfinished)} whole completions of {n} asked for"
+                + (f" (finish_reason={unfinished[0]!r})" if unfinished else "")
+            )
         return completions
 
     def weight_version(self) -> str:
         """What the last sync called the weights that the server holds."""
-        return str(self._call("GET", "/weight_info", CONTROL_SECONDS).json()["weight_version"])
+        return str(self._json("GET", "/weight_info", CONTROL_SECONDS).get("weight_version"))
 
     @contextmanager
     def replacing_weights(self, version: int) -> Iterator[None]:
@@ -87,7 +116,7 @@ class ServerClient:
         """
         self._call("POST", "/pause", CONTROL_SECONDS, params={"mode": "keep"})
         yield
-        if not self._call("POST", "/reset_prefix_cache", CONTROL_SECONDS).json().get("success"):
+        if not self._json("POST", "/reset_prefix_cache", CONTROL_SECONDS).get("success"):
             raise ServerError(
                 f"{self.url} did not reset its prefix cache after a weight sync: something is still generating. "
                 "Let the trainer be its only user"
@@ -104,7 +133,7 @@ class ServerClient:
 
     def world_size(self) -> int:
         """GPUs of the server."""
-        return int(self._call("GET", "/get_world_size", CONTROL_SECONDS).json()["world_size"])
+        return int(self._json("GET", "/get_world_size", CONTROL_SECONDS)["world_size"])
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._call("POST", "/init_weight_transfer_engine", self._limit, json={"init_info": init_info})
@@ -121,9 +150,20 @@ class ServerClient:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._call("POST", "/finish_weight_update", self._limit, json={"weight_version": weight_version})
 
+    def _json(self, method: str, path: str, limit: float, **arguments: Any) -> dict[str, Any]:
+        try:
+            found = self._call(method, path, limit, **arguments).json()
+        except ValueError as error:
+            raise ServerError(
+                f"{self.url}{path} answered with something else than JSON; is it a vLLM server?"
+            ) from error
+        if not isinstance(found, dict):
+            raise ServerError(f"{self.url}{path} answered with {type(found).__name__}; is it a vLLM server?")
+        return found
+
     def _call(self, method: str, path: str, limit: float, **arguments: Any) -> requests.Response:
         try:
-            response = requests.request(method, self.url + path, headers=self._headers, timeout=limit, **arguments)
+            response = self._session.request(method, self.url + path, timeout=limit, **arguments)
         except requests.Timeout as error:
             raise ServerError(f"{self.url}{path} gave no answer within {limit:g} s; is the server stuck?") from error
         except requests.RequestException as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import hmac
 import os
 import signal
-import sys
 import threading
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -48,6 +47,6 @@ class RequireKey:
 
 def _end_with_parent() -> None:
     """End this server when its standard input closes: a trainer that is killed must not leave servers on its GPUs."""
-    while sys.stdin.buffer.read(4096):
+    while os.read(0, 4096):  # not sys.stdin, whose lock would abort an interpreter that ends otherwise
         pass
     os.kill(os.getpid(), signal.SIGTERM)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from aapo_fast.rollout.vllm.client import ServerClient, ServerError
 from aapo_fast.rollout.vllm.guard import END_WITH_PARENT, KEY_VARIABLE, PATH
-from aapo_fast.rollout.vllm.settings import EngineSettings
+from aapo_fast.rollout.vllm.settings import EngineSettings, telling_line
 
 TERMINATE_SECONDS = 20.0
 
@@ -37,8 +37,7 @@ def command(settings: EngineSettings, host: str, port: int) -> list[str]:
 
 def environment(settings: EngineSettings, api_key: str) -> dict[str, str]:
     """Of a server: pausing it and replacing its weights are routes of vLLM's development mode, behind our key."""
-    ours = {**settings.environment(), "VLLM_SERVER_DEV_MODE": "1", KEY_VARIABLE: api_key}
-    return {**ours, **{k: v for k, v in os.environ.items() if k != KEY_VARIABLE}}
+    return {**settings.environment(), **os.environ, "VLLM_SERVER_DEV_MODE": "1", KEY_VARIABLE: api_key}
 
 
 def free_port() -> int:
@@ -124,12 +123,12 @@ class ServerProcess:
             return None
 
     def last_words(self) -> str:
-        """Where its log is and what it says last."""
+        """What its log says of the end, and where that is."""
         try:
-            lines = self.log.read_text(errors="replace").strip().splitlines()
+            text = self.log.read_text(errors="replace")
         except OSError:
-            lines = []
-        return f"{lines[-1][-300:] if lines else 'no output'} (log: {self.log})"
+            text = ""
+        return f"{telling_line(text)} (log: {self.log})"
 
     def stop(self) -> None:
         """End it and its workers, at first politely."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,10 +35,15 @@ def make_sample(tokenizer: Any, prompt: Sequence[int], completion: Completion, v
             f"vLLM ended a completion after {len(token_ids)} tokens with finish_reason={finish_reason!r}; "
             "want 'stop' or 'length'. Was the engine paused or a request aborted by someone else?"
         )
-    if len(logprobs) != len(token_ids):
+    if sum(map(math.isfinite, logprobs)) != len(token_ids):
         raise UserError(
-            f"vLLM gave {len(logprobs)} log-probabilities for {len(token_ids)} tokens; "
+            f"vLLM gave {sum(map(math.isfinite, logprobs))} finite log-probabilities for {len(token_ids)} tokens; "
             "start it with --logprobs-mode processed_logprobs, or with `aapo-fast serve`"
         )
     text = tokenizer.decode(list(token_ids), skip_special_tokens=True)
     return Sample(tuple(prompt), tuple(token_ids), tuple(logprobs), text, FINISHED[finish_reason], version)
+
+
+def stream_seed(seed: int) -> int:
+    """A prompt's seed for vLLM, which gives completion j of it seed + j: neighbouring seeds would share samples."""
+    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:7], "big")

@@ -14,8 +14,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ MAX_RESTARTS = 3
 
 
 DYING_SECONDS = 2.0
+IDLE_SECONDS = 0.05
 
 
 @dataclass
@@ -117,7 +118,7 @@ class VLLMServersEngine:
         self._lock = threading.Lock()
         self._metrics: dict[str, float] = {}
         try:
-            self._each(self._servers, self._begin)
+            together([partial(self._begin, server) for server in self._servers])
             if any(server.holds != FIRST for server in self._servers):
                 self.sync_weights(0)
         except BaseException:
@@ -186,14 +187,14 @@ class VLLMServersEngine:
     # --- requests ----------------------------------------------------------------------------------------------------
 
     def _take_turns(self, draw: _Draw, n: int, sampling: SamplingParams, progress: Progress | None) -> None:
-        """All servers in use work on the queue until it is empty or they have failed."""
+        """All servers in use work on the queue until everything is drawn or they have all failed."""
 
         def work(server: Server) -> None:
-            while not (server.fault or draw.refused or draw.abandoned):
+            while not (server.fault or draw.refused or draw.abandoned or len(draw.found) == draw.total):
                 try:
-                    job = draw.jobs.get_nowait()
-                except queue.Empty:
-                    return
+                    job = draw.jobs.get(timeout=IDLE_SECONDS)
+                except queue.Empty:  # but a server that fails gives back what it had
+                    continue
                 try:
                     assert server.client is not None
                     completions = server.client.complete(job.prompt, n, sampling, job.seed, self._eos)
@@ -210,14 +211,12 @@ class VLLMServersEngine:
                             progress(len(draw.found), draw.total)
 
         in_use = [server for server in self._servers if not server.fault]
-        pool = ThreadPoolExecutor(self._width * len(in_use))
         try:
-            for future in [pool.submit(work, server) for server in in_use for _ in range(self._width)]:
-                future.result()
-        finally:  # an interrupted run does not wait for what is under way
+            # In turns: where requests are few, each server still gets its share.
+            together([partial(work, server) for _ in range(self._width) for server in in_use])
+        except BaseException:
             draw.abandoned = True
-            pool.shutdown(wait=False, cancel_futures=True)
-        draw.abandoned = False
+            raise
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
@@ -238,7 +237,7 @@ class VLLMServersEngine:
         behind = [s for s in self._servers if not s.fault and s.holds != name]
         if behind:
             start = time.perf_counter()
-            self._each(behind, self._load)
+            together([partial(self._load, server) for server in behind])
             self._count("sync_seconds", time.perf_counter() - start)
             self._mend()
         return 0 if name == "reference" else self.weight_version
@@ -300,11 +299,28 @@ class VLLMServersEngine:
             faults = "; ".join(server.fault for server in self._servers)
             raise ServerError(f"no vLLM server is left: {faults}")
 
-    def _each(self, servers: Sequence[Server], action: Callable[[Server], None]) -> None:
-        with ThreadPoolExecutor(max(1, len(servers))) as pool:
-            for future in [pool.submit(action, server) for server in servers]:
-                future.result()
-
     def _count(self, name: str, value: float) -> None:
         with self._lock:
             self._metrics[name] = self._metrics.get(name, 0.0) + value
+
+
+def together(actions: Sequence[Callable[[], None]]) -> None:
+    """Run all at the same time, and raise what the first of them raised.
+
+    Their threads are left behind by an interrupt, and at the end of the process: a request may take ten minutes.
+    """
+    errors: list[BaseException] = []
+
+    def run(action: Callable[[], None]) -> None:
+        try:
+            action()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(action,), daemon=True) for action in actions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]

@@ -71,3 +71,11 @@ def engine_dtype(name: str, device: torch.device) -> str:
     if name != "auto":
         return name
     return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def telling_line(text: str) -> str:
+    """The line of an error or a log that says most: the last that names an error, else the last."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("For further information")]
+    telling = [line for line in lines if "rror" in line and "See root cause above" not in line]
+    return (telling or lines or ["no output"])[-1][-300:]

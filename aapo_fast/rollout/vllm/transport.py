@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,6 +18,9 @@ from aapo_fast.types import UserError
 
 SHARED_MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
 """Where weights are written unless another folder is named."""
+
+
+PREFIX = "aapo-fast-weights-"
 
 
 class Transport(Protocol):
@@ -37,7 +42,7 @@ class Transport(Protocol):
 class FolderTransport:
     """Weights as a safetensors file in ``folder``; in memory, where that is /dev/shm.
 
-    The last two are kept under the name of what they are: a server that is restarted reads what the others hold.
+    The policy's last ones are kept, and the reference's: a server that is restarted reads what the others hold.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,10 +50,18 @@ class FolderTransport:
 
     @classmethod
     def within(cls, parent: Path) -> FolderTransport:
-        """A folder of its own in ``parent``. Raises UserError where that cannot be made."""
+        """A folder of its own in ``parent``; those of runs that were killed are cleared away.
+
+        Raises:
+            UserError: it cannot be made.
+        """
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            return cls(Path(tempfile.mkdtemp(prefix="aapo-fast-weights-", dir=parent)))
+            for old in parent.glob(f"{PREFIX}*-*"):
+                pid = old.name.removeprefix(PREFIX).partition("-")[0]
+                if pid.isdigit() and not Path("/proc", pid).exists():
+                    shutil.rmtree(old, ignore_errors=True)
+            return cls(Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent)))
         except OSError as error:
             raise UserError(f"vllm.weights_folder={str(parent)!r} cannot be used: {error}") from error
 
@@ -67,7 +80,7 @@ class FolderTransport:
             save_file(dict(_apart(weights)), scratch / "model.safetensors")
             shutil.rmtree(target, ignore_errors=True)
             scratch.rename(target)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # a full /dev/shm, which containers make small
             raise UserError(
                 f"weights for the servers cannot be written to {target}: {error}; name another folder by "
                 "vllm.weights_folder"
