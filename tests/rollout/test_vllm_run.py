@@ -13,7 +13,7 @@ from aapo_fast import config
 from aapo_fast.rollout.vllm import local
 from aapo_fast.rollout.vllm.client import ServerClient, ServerError
 from aapo_fast.rollout.vllm.process import free_port
-from aapo_fast.trainer import loop
+from aapo_fast.trainer import loop, sampling, setup
 from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.records import read_lines
 from aapo_fast.types import UserError
@@ -49,6 +49,17 @@ def test_weights_that_do_not_arrive_stop_the_run(tmp_path, tree, monkeypatch):
         loop.train(config.parse(tree), Display(quiet=True))
     records = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert len(records) >= 1 and (tmp_path / "run" / "model").exists()  # what was reached is kept
+
+
+def test_an_engine_that_holds_other_weights_is_seen_without_a_step(tree):
+    """What is done before the reference is drawn, and after a sync where samples are older than the policy."""
+    with setup.prepare(config.parse(tree), Display(quiet=True)) as run:
+        sampling.verify_engine(run, run.schedule[0], 0)
+        vllm_support.move(run.policy.model)
+        with pytest.raises(UserError, match="differ from the trainer's by"):
+            sampling.verify_engine(run, run.schedule[0], 1)
+        run.engine.sync_weights(1)
+        sampling.verify_engine(run, run.schedule[0], 1)
 
 
 def test_a_server_of_aapo_fast_serve_and_rollouts_one_step_ahead(tmp_path, tree, monkeypatch):

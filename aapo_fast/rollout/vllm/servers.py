@@ -114,7 +114,7 @@ class VLLMServersEngine:
         self._servers, self._transport = list(servers), transport
         self._limit, self._width, self._note = time_limit_seconds, requests_a_server, note
         self._dtype, self._eos = dtype, eos_token_ids(model, tokenizer)
-        self._wanted = FIRST
+        self._wanted, self._closed = FIRST, False
         self._lock = threading.Lock()
         self._metrics: dict[str, float] = {}
         try:
@@ -143,6 +143,7 @@ class VLLMServersEngine:
         return found
 
     def close(self) -> None:
+        self._closed = True  # what is still being drawn fails now, and is not to be mended
         for server in self._servers:
             if server.process is not None:
                 server.process.stop()
@@ -273,7 +274,8 @@ class VLLMServersEngine:
             code = None if server.process is None else server.process.exit_code(DYING_SECONDS)
             if server.process is not None and code is not None:
                 server.fault = f"{server.name} ended with {code}: {server.process.last_words()}"
-        self._note(f"vLLM: {server.fault}")
+        if not self._closed:
+            self._note(f"vLLM: {server.fault}")
         self._count("server_failures", 1)
 
     def _mend(self) -> None:
@@ -283,7 +285,7 @@ class VLLMServersEngine:
             ServerError: no server is left.
         """
         for server in self._servers:
-            while server.fault and server.process is not None and server.restarts < MAX_RESTARTS:
+            while server.fault and server.process and server.restarts < MAX_RESTARTS and not self._closed:
                 server.restarts += 1
                 self._note(f"vLLM: starting a server again ({server.restarts} of {MAX_RESTARTS})")
                 try:
