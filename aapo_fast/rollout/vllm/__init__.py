@@ -1,8 +1,12 @@
 """Rollouts by vLLM, with the policy's weights synced into it.
 
-settings.py   how an engine is started; environment and arguments
-weights.py    what is sent: every parameter by its checkpoint name, tied heads explicitly
-samples.py    what comes back: tokens and log-probabilities, checked
-adapter.py    the one file that imports vllm
-local.py      an engine in this process
+settings.py    how an engine is started: its arguments and environment
+weights.py     what is sent: every parameter by its checkpoint name, tied heads explicitly
+samples.py     what comes back: tokens and log-probabilities, checked
+local.py       the engine in this process, over ...
+adapter.py     ... the one file that imports vllm
+servers.py     the engine over servers: requests spread, weights synced, failures mended
+client.py      one server over HTTP
+process.py     a server that we start; guard.py runs inside it
+transport.py   how weights reach a server
 """
