@@ -71,6 +71,8 @@ def test_every_option_is_documented():
         ({"rollout.engine": "vllm", "vllm.tensor_parallel_size": "2"}, "use rollout.engine='vllm_server'"),
         ({"rollout.engine": "vllm", "vllm.max_model_len": "64"}, "would cut completions short"),
         ({"rollout.engine": "vllm", "rollout.temperature": "0.001"}, "vLLM samples at 0.01 or above"),
+        ({"vllm.servers": '["http://a"]', "vllm.num_servers": "2"}, "vllm.num_servers=2 is for servers started here"),
+        ({"vllm.address": "a", "vllm.weights_folder": "b"}, "set one of them"),
         ({"rollout.max_staleness": "1"}, "rollout.max_staleness=1 needs rollout.engine='vllm_server'"),
         ({"rollout.max_staleness": "2", "rollout.engine": "vllm_server"}, "rollout.max_staleness=2 must be 0 or 1"),
         ({"vllm.gpu_memory_utilization": "1"}, "vllm.gpu_memory_utilization=1.0 must lie in (0, 1)"),

@@ -84,6 +84,12 @@ def _check_engines(c: Config) -> None:
         )
     if c.rollout.temperature < 0.01 and c.rollout.engine != "hf":
         raise ConfigError(f"rollout.temperature={c.rollout.temperature}: vLLM samples at 0.01 or above")
+    if c.vllm.servers and c.vllm.num_servers != 1:
+        raise ConfigError(
+            f"vllm.num_servers={c.vllm.num_servers} is for servers started here; vllm.servers names others"
+        )
+    if c.vllm.address and c.vllm.weights_folder:
+        raise ConfigError("vllm.address sends weights by NCCL and vllm.weights_folder through files; set one of them")
     if c.vllm.time_limit_seconds <= 0:
         raise ConfigError(f"vllm.time_limit_seconds={c.vllm.time_limit_seconds} must be above 0")
     if not 0 < c.vllm.gpu_memory_utilization < 1:

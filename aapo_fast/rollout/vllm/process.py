@@ -17,6 +17,7 @@ from aapo_fast.rollout.vllm.guard import END_WITH_PARENT, KEY_VARIABLE, PATH
 from aapo_fast.rollout.vllm.settings import EngineSettings, telling_line
 
 TERMINATE_SECONDS = 20.0
+_given_out: set[int] = set()
 
 
 def command(settings: EngineSettings, host: str, port: int) -> list[str]:
@@ -41,10 +42,14 @@ def environment(settings: EngineSettings, api_key: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port on loopback that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port on loopback that nobody listens on at the moment, and that was not given out before."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in _given_out:
+            _given_out.add(port)
+            return port
 
 
 @dataclass

@@ -284,22 +284,25 @@ class VLLMServersEngine:
         Raises:
             ServerError: no server is left.
         """
-        for server in self._servers:
-            while server.fault and server.process and server.restarts < MAX_RESTARTS and not self._closed:
-                server.restarts += 1
-                self._note(f"vLLM: starting a server again ({server.restarts} of {MAX_RESTARTS})")
-                try:
-                    server.client = server.process.start(self._limit)
-                except ServerError as error:
-                    server.fault = str(error)
-                    continue
-                server.fault, server.holds = "", FIRST
-                if server.holds != self._wanted:
-                    self._load(server)
-                self._count("server_restarts", 1)
+        together([partial(self._restart, server) for server in self._servers if server.fault])
         if all(server.fault for server in self._servers):
             faults = "; ".join(server.fault for server in self._servers)
             raise ServerError(f"no vLLM server is left: {faults}")
+
+    def _restart(self, server: Server) -> None:
+        """If it is ours, until it holds the weights that are wanted or has had its chances."""
+        while server.fault and server.process and server.restarts < MAX_RESTARTS and not self._closed:
+            server.restarts += 1
+            self._note(f"vLLM: starting a server again ({server.restarts} of {MAX_RESTARTS})")
+            try:
+                server.client = server.process.start(self._limit)
+            except ServerError as error:
+                server.fault = str(error)
+                continue
+            server.fault, server.holds = "", FIRST
+            if server.holds != self._wanted:
+                self._load(server)
+            self._count("server_restarts", 1)
 
     def _count(self, name: str, value: float) -> None:
         with self._lock:
