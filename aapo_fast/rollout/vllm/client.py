@@ -45,10 +45,10 @@ class ServerClient:
         self._session.mount("http", requests.adapters.HTTPAdapter(pool_maxsize=CONNECTIONS))
         self._session.headers.update({"Authorization": f"Bearer {api_key}"} if api_key else {})
 
-    def check(self) -> None:
+    def check(self, limit_seconds: float = CONTROL_SECONDS) -> None:
         """Raises ServerError unless the server is there, lets us in, and has the routes that a weight sync needs."""
-        self._call("GET", "/health", CONTROL_SECONDS)
-        models = self._json("GET", "/v1/models", CONTROL_SECONDS)
+        self._call("GET", "/health", limit_seconds)
+        models = self._json("GET", "/v1/models", limit_seconds)
         try:
             self._model, length = models["data"][0]["id"], models["data"][0]["max_model_len"]
         except (KeyError, IndexError, TypeError) as error:
@@ -58,7 +58,7 @@ class ServerClient:
                 f"{self.url} takes {length} tokens of prompt and completion, and data.max_prompt_tokens + "
                 f"rollout.max_tokens are {self._min_model_len}; start it with a larger --max-model-len"
             )
-        self._call("GET", "/is_paused", CONTROL_SECONDS)
+        self._call("GET", "/is_paused", limit_seconds)
 
     def complete(
         self, prompt: Sequence[int], n: int, sampling: SamplingParams, seed: int, eos: Collection[int]

@@ -17,6 +17,7 @@ from aapo_fast.rollout.vllm.guard import END_WITH_PARENT, KEY_VARIABLE, PATH
 from aapo_fast.rollout.vllm.settings import EngineSettings, telling_line
 
 TERMINATE_SECONDS = 20.0
+POLL_SECONDS = 5.0  # of one question while it starts: a server that is not quite there may never answer the first
 _given_out: set[int] = set()
 
 
@@ -105,7 +106,7 @@ class ServerProcess:
                     f"a vLLM server ended with {self._process.returncode} at its start: {self.last_words()}"
                 )
             try:
-                client.check()
+                client.check(POLL_SECONDS)
                 return client
             except ServerError as error:
                 if time.monotonic() > deadline:
