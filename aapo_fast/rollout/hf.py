@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aapo_fast.rollout.eos import eos_token_ids
+from aapo_fast.rollout.requests import check_prompts, eos_token_ids
 from aapo_fast.types import FinishReason, Progress, Sample, SamplingParams, UserError, Weights
 
 
@@ -82,11 +82,7 @@ class HFEngine:
         Raises:
             UserError: an empty prompt.
         """
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one a prompt")
-        for index, prompt in enumerate(prompts):
-            if not prompt:
-                raise UserError(f"prompt {index} has no tokens; an empty prompt cannot be continued")
+        check_prompts(prompts, seeds)
         model, version = self._model(weights)
         results: list[list[Sample]] = []
         step = max(1, self.max_batch_size // n)

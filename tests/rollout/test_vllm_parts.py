@@ -12,7 +12,7 @@ import safetensors.torch
 import support
 import torch
 
-from aapo_fast.rollout.eos import eos_token_ids
+from aapo_fast.rollout.requests import eos_token_ids
 from aapo_fast.rollout.vllm import guard
 from aapo_fast.rollout.vllm.client import RequestError, ServerClient, ServerError
 from aapo_fast.rollout.vllm.samples import Completion, make_sample, stream_seed

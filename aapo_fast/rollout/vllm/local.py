@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from aapo_fast.rollout.eos import eos_token_ids
+from aapo_fast.rollout.requests import check_prompts, eos_token_ids
 from aapo_fast.rollout.vllm.adapter import LocalLLM
 from aapo_fast.rollout.vllm.samples import make_sample
 from aapo_fast.rollout.vllm.settings import EngineSettings
 from aapo_fast.rollout.vllm.weights import frozen_copy, named_weights, size_bytes
-from aapo_fast.types import Progress, Sample, SamplingParams, UserError, Weights
+from aapo_fast.types import Progress, Sample, SamplingParams, Weights
 
 NOTHING = ("none", -1)
 
@@ -85,11 +85,7 @@ class VLLMEngine:
         Raises:
             UserError: an empty prompt; a completion that is not whole.
         """
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one a prompt")
-        for index, prompt in enumerate(prompts):
-            if not prompt:
-                raise UserError(f"prompt {index} has no tokens; an empty prompt cannot be continued")
+        check_prompts(prompts, seeds)
         version = self._hold(weights)
         start, total = time.perf_counter(), len(prompts)
         drawn = self._llm.generate(

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from aapo_fast.rollout.eos import eos_token_ids
+from aapo_fast.rollout.requests import check_prompts, eos_token_ids
 from aapo_fast.rollout.vllm.client import RequestError, ServerClient, ServerError
 from aapo_fast.rollout.vllm.process import ServerProcess
 from aapo_fast.rollout.vllm.samples import Completion, make_sample
 from aapo_fast.rollout.vllm.transport import Transport
 from aapo_fast.rollout.vllm.weights import named_weights, size_bytes
-from aapo_fast.types import Progress, Sample, SamplingParams, UserError, Weights
+from aapo_fast.types import Progress, Sample, SamplingParams, Weights
 
 FIRST = "policy-0"
 """The weights that every server starts with."""
@@ -164,11 +164,7 @@ class VLLMServersEngine:
         Raises:
             UserError: an empty prompt; a request that a server refuses; no server is left.
         """
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one a prompt")
-        for index, prompt in enumerate(prompts):
-            if not prompt:
-                raise UserError(f"prompt {index} has no tokens; an empty prompt cannot be continued")
+        check_prompts(prompts, seeds)
         version = self._want("reference" if weights == "reference" and self.weight_version else self._policy)
         start = time.perf_counter()
         draw = _Draw(queue.SimpleQueue(), len(prompts))
