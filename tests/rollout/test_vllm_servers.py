@@ -110,16 +110,20 @@ def test_both_servers_work(engine):
     assert sum(asked.values()) == len(MANY) and min(asked.values()) > len(MANY) // 4
 
 
-def in_mid_generation(engine, action):
-    """Draw while something happens to a server that has requests under way."""
-    engine._width = 4
-    timer = threading.Timer(0.7, action)
-    timer.start()
-    try:
-        return everything(engine)
-    finally:
-        timer.join()
-        engine._width = 32
+def in_mid_generation(engine, victim, action):
+    """Draw while something happens to a server that has a request under way, which it cannot have answered yet."""
+    pid, complete = victim.process.pid, victim.client.complete
+    timer = threading.Timer(0.5, action, [pid])
+    first = threading.Lock()
+
+    def stopped_first(*arguments):
+        if first.acquire(blocking=False):  # and never released
+            os.killpg(pid, signal.SIGSTOP)
+            timer.start()
+        return complete(*arguments)
+
+    victim.client.complete = stopped_first
+    return everything(engine)
 
 
 def test_a_server_that_is_killed_is_started_again_and_nothing_is_lost(engine):
@@ -127,7 +131,7 @@ def test_a_server_that_is_killed_is_started_again_and_nothing_is_lost(engine):
     engine.sync_weights(1)
     before = everything(engine)
     victim = engine._servers[0]
-    after = in_mid_generation(engine, lambda: os.killpg(victim.process.pid, signal.SIGKILL))
+    after = in_mid_generation(engine, victim, lambda pid: os.killpg(pid, signal.SIGKILL))
     assert [[s.token_ids for s in group] for group in after] == [[s.token_ids for s in group] for group in before]
     assert "ended with -9" in engine.notes[0] and "log:" in engine.notes[0]
     engine.generate(PROMPTS, n=1, sampling=SLOW, seeds=[0] * 3)  # mends what is still broken
@@ -149,7 +153,7 @@ def test_a_server_that_hangs_is_given_up_within_the_time_limit(engine):
         server.client._limit = 8.0
     try:
         start = time.monotonic()
-        after = in_mid_generation(engine, lambda: os.killpg(victim.process.pid, signal.SIGSTOP))
+        after = in_mid_generation(engine, victim, lambda pid: None)
         seconds = time.monotonic() - start
     finally:
         for server in engine._servers:

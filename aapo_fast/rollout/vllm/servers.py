@@ -74,7 +74,7 @@ class _Job:
 class _Draw:
     """One call of ``generate`` on its way."""
 
-    jobs: queue.SimpleQueue[_Job]
+    jobs: queue.Queue[_Job]  # not SimpleQueue, whose get(timeout) may wait for ever where threads compete (CPython 3.11)
     total: int
     found: dict[int, list[Completion]] = field(default_factory=dict)
     refused: RequestError | None = None
@@ -167,7 +167,7 @@ class VLLMServersEngine:
         check_prompts(prompts, seeds)
         version = self._want("reference" if weights == "reference" and self.weight_version else self._policy)
         start = time.perf_counter()
-        draw = _Draw(queue.SimpleQueue(), len(prompts))
+        draw = _Draw(queue.Queue(), len(prompts))
         for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             draw.jobs.put(_Job(index, prompt, seed))
         while len(draw.found) < draw.total:
@@ -200,6 +200,9 @@ class VLLMServersEngine:
                 except ServerError as error:
                     draw.jobs.put(job)
                     self._failed(server, error)
+                except BaseException:  # a job is lost with it, for which the others must not wait
+                    draw.abandoned = True
+                    raise
                 else:
                     server.restarts = 0
                     with self._lock:
