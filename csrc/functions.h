@@ -42,6 +42,8 @@ AAPO_INLINE Floats exp_and_cut(Floats &x) {
   return exp_within(x);
 }
 
+constexpr float LEFT_OUT = -0x1.fffffcp127f; // a raw product whose logit is minus infinity, or as good as
+
 struct Logits {
   Floats z, slope; // logit and d z / d x
 };
@@ -71,8 +73,9 @@ struct RowTransform {
     t = multiply_add(t, s, all(-0.333331436f));
     const Floats near_zero = multiply_add(size * s, t, size);
     const Floats tanh = size < 0.5f ? near_zero : (1.0f - e) * r;
+    const Floats z = (Floats)((Bits)tanh | sign) * outer;
     // 1 - tanh^2 is 4 e / (1 + e)^2, without the cancellation.
-    return {(Floats)((Bits)tanh | sign) * outer, e * r * r * (4.0f * inner * outer)};
+    return {x == LEFT_OUT ? all(-__builtin_inff()) : z, e * r * r * (4.0f * inner * outer)};
   }
 };
 

@@ -18,8 +18,11 @@ void gradient(const Block &block, const Wanted &wanted, int64_t begin, int64_t e
 void both_sweeps(const Block &block, const float *on_logp, const Partials &partials, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const RowTransform transform(block, row);
-    const Sums sums = statistics_of(block, row, transform, partials, Tiles{});
-    gradient_of(block, row, transform, RowGradient(on_logp[row], sums.row_max, float(sums.total)));
+    const Sums rest = statistics_of(block, row, transform, partials, Tiles{});
+    // The target joins, as in statistics.finish.
+    const double target = partials.target[row], row_max = target > rest.row_max ? target : rest.row_max;
+    const double total = rest.total * __builtin_exp(rest.row_max - row_max) + __builtin_exp(target - row_max);
+    gradient_of(block, row, transform, RowGradient(on_logp[row], float(row_max), float(total)));
   }
 }
 
@@ -27,7 +30,7 @@ void count(const Block &block, const Wanted &wanted, const Tiles &tiles, const S
            double *expected, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     Walk walk(block, wanted, tiles, sample, row);
-    count_row(walk, block.targets[row], counts + row, expected + row);
+    count_row(walk, counts + row, expected + row);
   }
 }
 
@@ -36,7 +39,7 @@ void emit(const Block &block, const Wanted &wanted, const Tiles &tiles, const Sa
   for (int64_t row = begin; row < end; ++row) {
     Walk walk(block, wanted, tiles, sample, row);
     Writer writer{entries, int32_t(row), starts[row], starts[row + 1]};
-    emit_row(walk, row, block.targets[row], writer);
+    emit_row(walk, writer);
   }
 }
 

@@ -14,6 +14,9 @@ constexpr int64_t TILE = 64;    // columns of which sweep 1 keeps the sum, and t
 constexpr int64_t PANEL = 1024; // columns that are swept while their logits are in L1; 16 tiles
 
 // Raw products of C rows and how logits follow from them: z = softcap tanh(scale x / softcap) / temperature.
+//
+// The target stays out of both sweeps: sweep 1 reads its logit and puts LEFT_OUT in its place, from which all that
+// follows is zero there. A block is swept once.
 struct Block {
   float *products; // (C, V), rows `stride` apart
   int64_t stride, num_rows, vocab;
@@ -23,7 +26,7 @@ struct Block {
   float softcap; // 0 for none
 };
 
-// What sweep 1 says of a row; each (C,).
+// What sweep 1 says of a row: of all columns but the target, and the target's logit; each (C,).
 struct Partials {
   float *row_max, *total, *weighted, *target;
 };

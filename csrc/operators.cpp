@@ -19,7 +19,7 @@
 namespace aapo_fast {
 namespace {
 
-constexpr int64_t INTERFACE = 1;
+constexpr int64_t INTERFACE = 2;
 constexpr int64_t GRAIN = 1 << 15; // logits below which a second thread costs more than it brings
 
 // Calls work(begin, end) for parts of the rows, on PyTorch's threads.
@@ -171,7 +171,7 @@ std::string describe() {
 #define AAPO_SAMPLE "Tensor wanted, Tensor tiles, Tensor uniforms, float threshold"
 
 STABLE_TORCH_LIBRARY(aapo_fast_native, m) {
-  m.def("statistics(Tensor products, " AAPO_BLOCK ", Tensor(a!) partials, Tensor(b!)? tiles, int level) -> ()");
+  m.def("statistics(Tensor(a!) products, " AAPO_BLOCK ", Tensor(b!) partials, Tensor(c!)? tiles, int level) -> ()");
   m.def("gradient(Tensor(a!) products, " AAPO_BLOCK ", Tensor wanted, int level) -> ()");
   m.def("both_sweeps(Tensor(a!) products, " AAPO_BLOCK ", Tensor on_logp, Tensor(b!) partials, int level) -> ()");
   m.def("count_entries(Tensor products, " AAPO_BLOCK ", " AAPO_SAMPLE

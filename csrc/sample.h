@@ -102,7 +102,7 @@ struct OpenTile {
 
 constexpr float NONE_EXACT = 2; // no probability reaches it: in a light tile all is dust, whatever rounding says
 
-inline void count_row(Walk &walk, int64_t target, int64_t *count, double *expected) {
+inline void count_row(Walk &walk, int64_t *count, double *expected) {
   int64_t exact = 0;
   walk.over_tiles([&](int64_t tile, double mass, bool heavy) {
     if (!heavy) {
@@ -113,9 +113,8 @@ inline void count_row(Walk &walk, int64_t target, int64_t *count, double *expect
     exact += open.num_exact;
     walk.add(open.dust);
   });
-  const int64_t at_target = walk.wanted.live() && target >= 0;
-  *count = exact + whole(walk.stands) - whole(walk.start) + at_target;
-  *expected = double(exact + at_target) + double(walk.stands - walk.start) / double(ONE);
+  *count = exact + whole(walk.stands) - whole(walk.start);
+  *expected = double(exact) + double(walk.stands - walk.start) / double(ONE);
 }
 
 // Where the entries of a row go; never beyond what was counted.
@@ -167,8 +166,8 @@ inline void emit_tile(const Walk &walk, const OpenTile &open, int64_t tile, floa
     emit(last_dust, walk.threshold);
 }
 
-// The sample in the order of columns, then the target's own part.
-inline void emit_row(Walk &walk, int64_t row, int64_t target, Writer &writer) {
+// The sample in the order of columns.
+inline void emit_row(Walk &walk, Writer &writer) {
   walk.over_tiles([&](int64_t tile, double mass, bool heavy) {
     const int64_t before = walk.stands;
     if (heavy) {
@@ -179,11 +178,6 @@ inline void emit_row(Walk &walk, int64_t row, int64_t target, Writer &writer) {
       emit_tile(walk, OpenTile(walk, tile, NONE_EXACT), tile, NONE_EXACT, before, steps, writer);
     }
   });
-  if (walk.wanted.live() && target >= 0) {
-    // NaN where the row's statistics are: such a row has no other entry that could tell.
-    const float nothing = walk.walkable ? 0 : walk.wanted.offset - walk.wanted.offset;
-    writer.write(target, walk.wanted.a * logits_at(walk.block, row, target, walk.transform).slope[0] + nothing);
-  }
   while (writer.slot < writer.end) // a step that found no dust, which takes a rounding error in a million million
     writer.write(0, 0);
 }

@@ -83,30 +83,30 @@ Sums sweep_1(const float *x, int64_t vocab, const RowTransform &transform, const
   return row;
 }
 
-// The logit of one column and its slope.
-AAPO_INLINE Logits logits_at(const Block &block, int64_t row, int64_t column, const RowTransform &transform) {
-  const Floats x = all(block.products[row * block.stride + column]);
-  return block.softcap != 0 ? transform.of<true>(x) : transform.of<false>(x);
-}
-
 AAPO_INLINE Sums statistics_of(const Block &block, int64_t row, const RowTransform &transform, const Partials &partials,
                                const Tiles &tiles) {
   const bool capped = block.softcap != 0, keep = tiles.mass != nullptr;
+  float *x = block.products + row * block.stride;
+  const int64_t target = block.targets[row];
+  partials.target[row] = -__builtin_inff();
+  if (target >= 0) {
+    const Floats at_target = all(x[target]);
+    partials.target[row] = (capped ? transform.of<true>(at_target) : transform.of<false>(at_target)).z[0];
+    x[target] = LEFT_OUT;
+  }
   const auto sweep = capped ? (keep ? sweep_1<true, true> : sweep_1<true, false>)
                             : (keep ? sweep_1<false, true> : sweep_1<false, false>);
-  const Sums sums = sweep(block.products + row * block.stride, block.vocab, transform, tiles);
-  const int64_t target = block.targets[row];
+  const Sums sums = sweep(x, block.vocab, transform, tiles);
   partials.row_max[row] = sums.row_max;
   partials.total[row] = float(sums.total);
   partials.weighted[row] = float(sums.weighted);
-  partials.target[row] = target < 0 ? -__builtin_inff() : logits_at(block, row, target, transform).z[0];
   return sums;
 }
 
 // --- sweep 2 ---------------------------------------------------------------------------------------------------------
 
-// d loss / d z_v = a (onehot_v - p_v) - b p_v (log p_v + H) + c p_v, with a, b, c the derivatives by log-probability,
-// entropy and log-sum-exp.
+// d loss / d z_v = -a p_v - b p_v (log p_v + H) + c p_v but at the target, with a, b, c the derivatives by
+// log-probability, entropy and log-sum-exp.
 struct RowGradient {
   float a = 0, b = 0, c = 0;
   float row_max, inverse; // p_v = exp(z_v - row_max) inverse
@@ -124,7 +124,7 @@ struct RowGradient {
   // Whether anything depends on the row; NaN does.
   bool live() const { return a != 0 || b != 0 || c != 0; }
 
-  // d loss / d z_v over p_v, but for the target's own part.
+  // d loss / d z_v over p_v.
   float factor(float shifted) const { return c - a - b * (shifted + offset); }
 };
 
@@ -148,14 +148,10 @@ AAPO_INLINE void gradient_of(const Block &block, int64_t row, const RowTransform
     memset(x, 0, size_t(block.vocab) * 4);
     return;
   }
-  const int64_t target = block.targets[row];
-  const float at_target = target < 0 ? 0 : wanted.a * logits_at(block, row, target, transform).slope[0];
   if (block.softcap != 0)
     (wanted.b != 0 ? sweep_2<true, true> : sweep_2<true, false>)(x, block.vocab, transform, wanted);
   else
     (wanted.b != 0 ? sweep_2<false, true> : sweep_2<false, false>)(x, block.vocab, transform, wanted);
-  if (target >= 0)
-    x[target] += at_target;
 }
 
 } // namespace

@@ -3,6 +3,7 @@
 import torch
 
 import aapo_fast as af
+from aapo_fast.ops.linear_policy.statistics import target_gradient
 
 VARIANTS = {
     "plain": {},
@@ -38,6 +39,13 @@ def variant_problem(variant, n, h, v, **more):
 
 def relative(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-300)).item()
+
+
+def with_target(d, targets, rows, wanted, transform):
+    """(C, V) gradient rows of row kernels, which leave the target out, with the target's own entry."""
+    held, column = targets >= 0, targets.clamp(min=0)[:, None]
+    assert (d.gather(1, column).squeeze(1)[held] == 0).all()
+    return d.scatter_add(1, column, target_gradient(rows, wanted, transform, held)[:, None].to(d.dtype))
 
 
 def problem(n, h, v, dtype=torch.float64, seed=0, scale=1.0, bias=False):

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from aapo_fast.ops.linear_policy import sparse, sparse_triton
 from aapo_fast.ops.linear_policy.kernels_triton import TILE, Tiles
 from aapo_fast.ops.linear_policy.rows_triton import TritonRows
-from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Transform, finish
+from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Transform, finish, target_gradient
 from aapo_fast.ops.linear_policy.uniforms import row_uniforms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,7 +58,7 @@ def plain_sample(p, threshold, uniforms):
 
 
 def plain_gradient(x, targets, uniforms, threshold, wanted, transform=PLAIN):
-    """Dense (C, V) float64 gradient rows of ``plain_sample``."""
+    """Dense (C, V) float64 gradient rows of ``plain_sample``, zero at the target."""
     column = transform.column()
     steepness = transform.scale / (column.double() if isinstance(column, torch.Tensor) else column)
     y = x.double() * transform.scale
@@ -72,9 +72,12 @@ def plain_gradient(x, targets, uniforms, threshold, wanted, transform=PLAIN):
     a, b, c = (zeros if k is None else k for k in wanted)
     entropy = -(p * log_p).sum(1)
     factor = (c - a)[:, None] - b[:, None] * (log_p + entropy[:, None])
-    onehot = torch.zeros_like(p).scatter_(1, targets.clamp(min=0)[:, None], (targets >= 0).double()[:, None])
-    q = plain_sample(p, threshold, uniforms)
-    return (q * factor + a[:, None] * onehot) * slope * steepness, q
+    q = plain_sample(but_the_target(p, targets), threshold, uniforms)
+    return q * factor * slope * steepness, q
+
+
+def but_the_target(p, targets):
+    return torch.where(torch.arange(p.shape[1], device=DEVICE) == targets[:, None], 0.0, p)
 
 
 def dense(entries, shape):
@@ -93,8 +96,8 @@ def test_the_entries_of_the_definition(vocab, threshold):
     entries = gradient(x, targets, uniforms, threshold, wanted)
     assert relative(dense(entries, x.shape), exact) < 2e-6
     assert (entries.row.diff() >= 0).all()
-    of_sample = torch.bincount(entries.row, minlength=4) - (targets >= 0).int()
-    assert torch.equal(of_sample, (q > 0).sum(1)) and (of_sample <= 1 / threshold + 1).all()
+    count = torch.bincount(entries.row, minlength=4)
+    assert torch.equal(count, (q > 0).sum(1)) and (count <= 1 / threshold + 1).all()
 
 
 @pytest.mark.parametrize(
@@ -155,19 +158,18 @@ def walk_of(x, targets, threshold, wanted, transform=PLAIN):
 @pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-24])
 @pytest.mark.parametrize("spread", [0.01, 3.0, 12.0], ids=["flat", "model-like", "peaked"])
 def test_the_bound_and_the_count(spread, u):
-    """At most 1 / eps + 1 entries and the target's, whatever the row; each one that is counted is emitted."""
+    """At most 1 / eps + 1 entries, whatever the row; each one that is counted is emitted."""
     x, targets, uniforms = chunk(3, 3 * TILE + 1, spread)
     threshold = 2**-6
     walk = walk_of(x, targets, threshold, coefficients(3, False, False))
     plan = sparse_triton.count(*walk, uniforms.fill_(u))
     counts = plan.starts[:: plan.stands.shape[1]].diff()
-    has_target = (targets >= 0).int()
-    assert (counts - has_target <= 1 / threshold + 1).all()
+    assert (counts <= 1 / threshold + 1).all()
     assert abs(counts.sum() - plan.expected) <= 3 + 1e-4
     entries = sparse_triton.emit(*walk, plan, int(plan.starts[-1]))
     assert (entries.value != 0).all() and torch.equal(torch.bincount(entries.row, minlength=3), counts)
-    mass = -dense(entries, x.shape).sum(1) / walk[4].logps + has_target
-    assert ((mass - 1).abs() <= threshold * (1 + 1e-5)).all()
+    mass = -dense(entries, x.shape).sum(1) / walk[4].logps
+    assert ((mass - walk[3].others).abs() <= threshold * (1 + 1e-5)).all()
 
 
 def test_tiles_that_are_not_opened_count_by_their_mass_alone():
@@ -177,7 +179,7 @@ def test_tiles_that_are_not_opened_count_by_their_mass_alone():
     wanted, threshold = coefficients(2, False, False), 2**-6
     targets[:] = 3 * TILE
     exact, q = plain_gradient(x, targets, uniforms, threshold, wanted)
-    mass = x.double().softmax(1).unflatten(1, (-1, TILE)).sum(-1)
+    mass = but_the_target(x.double().softmax(1), targets).unflatten(1, (-1, TILE)).sum(-1)
     light = (mass > 0.1 * threshold) & (mass < 0.9 * threshold)
     opened = (q.unflatten(1, (-1, TILE)) > 0).any(-1)
     assert (light.sum(1) == 17).all() and ((light & opened).sum(1) >= 4).all()
@@ -230,7 +232,7 @@ def test_unbiased_over_draws():
     log_p = p.log()
     a, b, c = (k[:1].double() for k in wanted)
     exact = p * (c - a - b * (log_p - (p * log_p).sum(1)))
-    exact[0, target] += a
+    exact[0, target] = 0.0
     projected = (drawn * exact).sum(1) / exact.square().sum()
     assert projected.std() > 1e-4
     assert abs(projected.mean() - 1) < 4 * projected.std() / math.sqrt(draws)
@@ -269,9 +271,10 @@ def test_rows_that_nothing_depends_on_and_rows_of_nan():
     for coefficient in wanted:
         coefficient[1:3] = 0.0
     entries = gradient(x, targets, uniforms, 2**-6, wanted)
-    assert entries.row.unique().tolist() == [0, 3]
-    assert entries.value[entries.row == 0].isfinite().all()
-    assert entries.value[entries.row == 3].isnan().tolist() == [True]
+    assert entries.row.unique().tolist() == [0] and entries.value.isfinite().all()
+    rows = finish(TritonRows(x).statistics(x, targets, PLAIN))
+    at_target = target_gradient(rows, wanted, PLAIN, targets >= 0)
+    assert at_target.isnan().tolist() == [False, False, False, True] and (at_target[1:3] == 0).all()
 
 
 def test_rows_too_full_are_left_to_the_dense_road(monkeypatch):

@@ -33,6 +33,7 @@ from aapo_fast.ops.linear_policy.statistics import (
     Transform,
     compute_dtype,
     finish,
+    target_gradient,
 )
 from aapo_fast.ops.linear_policy.uniforms import row_uniforms
 
@@ -123,6 +124,7 @@ class Pass:
             zeros(weight.shape) if wanted[1] else None,
             zeros(weight.shape[:1]) if wanted[2] else None,
         )
+        self._at_target = zeros(hidden.shape[0], dtype=torch.float64)
         self._uniforms = numbers if call.threshold is None else row_uniforms(call.seed, numbers)
         self._dense_blocks: list[slice] = []
         self._entries: list[tuple[slice, Entries]] = []
@@ -171,7 +173,7 @@ class Pass:
         return whole_rows and self.wants_gradient() and isinstance(self.kernels, OneLaunch)
 
     def sweep_and_spend(self, rows: slice, products: Tensor, gradient: Tensor, linear: LinearWeights) -> RowStatistics:
-        """Both sweeps of a block in one launch."""
+        """Both sweeps of a block in one launch, all but ``spend_target``."""
         assert isinstance(self.kernels, OneLaunch)
         index = linear.sequence_index[self.numbers[rows]]
         transform = self.transform.of(rows)
@@ -185,7 +187,8 @@ class Pass:
     def spend(
         self, rows: slice, products: Tensor, gradient: Tensor, stats: RowStatistics, wanted: Coefficients
     ) -> None:
-        """Sweep 2 of a block: sparse gradient rows are kept for ``flush``, dense ones for the end of the chunk."""
+        """Sweep 2 of a block: sparse gradient rows are kept for ``_flush``, dense ones for the end of the chunk."""
+        self.spend_target(rows, stats, wanted)
         sweep = (products, self.targets[rows], stats, wanted, self.transform.of(rows))
         if self.call.threshold is not None:
             entries = self.kernels.sparse_gradient(*sweep, self.call.threshold, self._uniforms[rows])
@@ -195,8 +198,13 @@ class Pass:
         self.kernels.gradient(*sweep, gradient)
         self._dense_blocks.append(rows)
 
+    def spend_target(self, rows: slice, stats: RowStatistics, wanted: Coefficients) -> None:
+        """The entries of a block's gradient rows at their targets, which are kept for the end of the chunk."""
+        held = self.targets[rows] >= 0
+        self._at_target[rows] = target_gradient(stats, wanted, self.transform.of(rows), held)
+
     def end_chunk(self, chunk: slice) -> None:
-        """Spend the chunk's dense gradient rows on the accumulators."""
+        """Spend the chunk's dense gradient rows, and those at the targets, on the accumulators."""
         for rows in _joined(self._dense_blocks):
             d = self._gradient_rows[rows.start - chunk.start : rows.stop - chunk.start]
             if self.gradients.hidden is not None:
@@ -206,8 +214,21 @@ class Pass:
             if self.gradients.bias is not None:
                 self.gradients.bias[: self.call.vocab_size] += d.sum(0, dtype=self.dtype)
         self._dense_blocks = []
+        for start in range(chunk.start, chunk.stop, self.panel_rows):
+            self._add_targets(slice(start, min(start + self.panel_rows, chunk.stop)))
         if sum(entries.value.numel() for _, entries in self._entries) > FLUSH_ENTRIES:
             self._flush()
+
+    def _add_targets(self, rows: slice) -> None:
+        """After the products and rounded once: dW of a token that is somebody's target is mostly this."""
+        value, target = self._at_target[rows, None], self.targets[rows].clamp(min=0)
+        if self.gradients.hidden is not None:
+            dx = self.gradients.hidden[rows]
+            dx.copy_(value * self.products.weight[target] + dx)
+        if self.gradients.weight is not None:
+            _add_rows(self.gradients.weight, target, value * self.hidden[rows])
+        if self.gradients.bias is not None:
+            _add_rows(self.gradients.bias, target, value.squeeze(1))
 
     def _flush(self) -> None:
         """Spend the sparse gradient rows gathered so far."""
@@ -239,6 +260,18 @@ def _aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) 
     """(rows, columns) whose rows start at multiples of 256 bytes on a GPU, for the vendor's fastest products."""
     unit = 256 // dtype.itemsize if device.type == "cuda" else 1
     return torch.empty(rows, -(-columns // unit) * unit, dtype=dtype, device=device)[:, :columns]
+
+
+def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
+    """``out[index] += rows`` for fp64 rows, rounded once, and in an order that is the same at every run."""
+    index, order = index.sort(stable=True)
+    first = torch.searchsorted(index, index)  # rows of one index meet where it first stands
+    total = torch.zeros_like(rows)
+    if rows.is_cuda:
+        total.index_put_((first,), rows[order], accumulate=True)  # sorts; index_add_ would use atomics there
+    else:
+        total.index_add_(0, first, rows[order])
+    out[index] = (total[first] + out[index]).to(out.dtype)
 
 
 def _row_kernels(call: Call, logits: Tensor) -> RowKernels:
@@ -284,7 +317,8 @@ def policy_loss(work: Pass, objective: Objective, active: Tensor | None) -> tupl
         for rows, products, gradient in work.blocks(chunk):
             if linear is not None:
                 stats = work.sweep_and_spend(rows, products, gradient, linear)
-                block_loss, _ = _differentiate(objective, stats, work.numbers[rows], counts[rows])
+                block_loss, wanted = _differentiate(objective, stats, work.numbers[rows], counts[rows])
+                work.spend_target(rows, stats, wanted)
             else:
                 stats = work.sweep(rows, products)
                 block_loss, wanted = _differentiate(objective, stats, work.numbers[rows], counts[rows])

@@ -70,10 +70,10 @@ def logits(x, inner, outer, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _sweep_1(
-    products, vocab, inner, outer, tile_level, tile_mass,
+    products, vocab, target, inner, outer, tile_level, tile_mass,
     SOFTCAP: tl.constexpr, KEEP_TILES: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(row_max, total, weighted) of the row that ``products`` points to; of its tiles what ``Tiles`` says, if kept.
+    """(row_max, total, weighted) of the row that ``products`` points to, all but its target; and its ``Tiles`` if kept.
 
     A block is summed from its own maximum, by a tree. Blocks join in fp64: dozens of roundings of a total near one
     would cost a peaked row the last digits of its log-probability.
@@ -84,8 +84,8 @@ def _sweep_1(
     total, weighted = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
     for start in range(0, vocab, BLOCK):
         column = start + tile[:, None] * TILE + within[None, :]
-        held = column < vocab
-        z, _ = logits(tl.load(products + column, mask=held, other=0.0), inner, outer, SOFTCAP)
+        held = (column < vocab) & (column != target)
+        z, _ = logits(tl.load(products + column, mask=column < vocab, other=0.0), inner, outer, SOFTCAP)
         z = tl.where(held, z, float("-inf"))
         top = tl.maximum(tl.max(z), _LOWEST)
         shifted = z - top
@@ -131,13 +131,13 @@ def _sweep_2(
         tl.debug_barrier()
         d = gradient_factor(z - row_max, offset, on_logp, on_entropy, on_logsumexp, ENTROPY)
         d *= tl.exp(z - row_max) * inverse
-        d = tl.where(column == target, d + on_logp, d) * slope
+        d = tl.where(column == target, 0.0, d * slope)
         tl.store(out + column, d.to(out.dtype.element_ty), mask=column < vocab)
 
 
 @triton.jit
 def gradient_factor(shifted, offset, on_logp, on_entropy, on_logsumexp, ENTROPY: tl.constexpr):
-    """d loss / d z_v over p_v, but for the target's own part: ``c - a - b (log p_v + H)``.
+    """d loss / d z_v over p_v at any column but the target: ``c - a - b (log p_v + H)``.
 
     ``log p_v + H`` is ``shifted + offset``: the logit less the row's maximum, and the entropy less log total.
     """
@@ -173,10 +173,11 @@ def statistics_kernel(
     if KEEP_TILES:
         tile_level += row * num_tiles
         tile_mass += row * num_tiles
+    target = tl.load(targets + row)
     row_max, total, weighted = _sweep_1(
-        products, vocab, inner, outer, tile_level, tile_mass, SOFTCAP, KEEP_TILES, TILE, BLOCK
+        products, vocab, target, inner, outer, tile_level, tile_mass, SOFTCAP, KEEP_TILES, TILE, BLOCK
     )
-    at_target = _logit_at(products, tl.load(targets + row), inner, outer, SOFTCAP)
+    at_target = _logit_at(products, target, inner, outer, SOFTCAP)
     _store_partials(partials + row, num_rows, row_max, total, weighted, at_target)
 
 
@@ -196,7 +197,7 @@ def gradient_kernel(
     SOFTCAP: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, ENTROPY: tl.constexpr, LOGSUMEXP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``out``: (C, V) d loss / d products."""
+    """``out``: (C, V) d loss / d products, zero at the target."""
     row = tl.program_id(0).to(tl.int64)
     inner, outer = row_factors(row, temperature, scale, softcap, SOFTCAP, ROW_TEMPERATURE)
     _sweep_2(
@@ -216,9 +217,14 @@ def both_sweeps_kernel(
     products += row * stride
     target = tl.load(targets + row)
     inner, outer = row_factors(row, temperature, scale, softcap, SOFTCAP, ROW_TEMPERATURE)
-    row_max, total, weighted = _sweep_1(products, vocab, inner, outer, products, products, SOFTCAP, False, BLOCK, BLOCK)
+    row_max, total, weighted = _sweep_1(
+        products, vocab, target, inner, outer, products, products, SOFTCAP, False, BLOCK, BLOCK
+    )
     at_target = _logit_at(products, target, inner, outer, SOFTCAP)
     _store_partials(partials + row, num_rows, row_max, total, weighted, at_target)
+    # The target joins, as in statistics.finish.
+    max_of_rest, row_max = row_max, tl.maximum(row_max, at_target)
+    total = total * tl.exp(max_of_rest - row_max) + tl.exp(at_target - row_max)
     weight = tl.load(weights + tl.load(index + row), mask=target >= 0, other=0.0)
     nothing = tl.full([], 0.0, tl.float32)
     # No thread may write before every thread has read the row to its end.

@@ -11,12 +11,15 @@ from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Partia
 BLOCK_BYTES = 8 * 2**20
 """Size of a block on the CPU: two of them should fit the cache. On a GPU a block is the whole chunk."""
 
+LEFT_OUT = -1e30
+"""Stands for a logit of minus infinity, without the NaN of 0 * inf."""
+
 
 class TorchRows:
     """``RowKernels`` in plain PyTorch, for any device and fp32 or fp64.
 
-    Sweep 1 leaves ``shifted`` (logits less the row's maximum) in the block and their exponentials in ``_exps``; both
-    serve sweep 2 of the same block.
+    Sweep 1 leaves ``shifted`` (logits less the largest of them) in the block and their exponentials in ``_exps``; both
+    serve sweep 2 of the same block. The target's logit is replaced by ``LEFT_OUT``.
     """
 
     def __init__(self, chunk: Tensor) -> None:
@@ -29,8 +32,11 @@ class TorchRows:
 
     def statistics(self, products: Tensor, targets: Tensor, transform: Transform) -> Partials:
         z = _logits_(products, transform)
+        held, column = targets >= 0, targets.clamp(min=0)[:, None]
+        found = z.gather(1, column).squeeze(1)
+        at_target = found.masked_fill(~held, -torch.inf)
+        z.scatter_(1, column, found.masked_fill(held, LEFT_OUT)[:, None])
         row_max = self._row_max = z.amax(1)
-        at_target = z.gather(1, targets.clamp(min=0)[:, None]).squeeze(1).masked_fill(targets < 0, -torch.inf)
         shifted = z.sub_(row_max[:, None])
         exps = torch.exp(shifted, out=self._exps[: z.shape[0], : z.shape[1]])
         return Partials(row_max, exps.sum(1), torch.linalg.vecdot(exps, shifted), at_target)
@@ -44,22 +50,21 @@ class TorchRows:
         transform: Transform,
         out: Tensor,
     ) -> None:
-        """d loss / d z_v = a (onehot_v - p_v) - b p_v (log p_v + H) + c p_v, times the slope d z / d x."""
+        """d loss / d z_v = -a p_v - b p_v (log p_v + H) + c p_v but at the target, times the slope d z / d x."""
         shifted, exps = products, self._exps[: products.shape[0], : products.shape[1]]
         slope = None
         if transform.softcap is not None:
             slope = _slope_(shifted + self._row_max[:, None], transform.column(), transform.softcap)
         steepness = transform.scale / transform.column()
-        share = steepness / self._total(rows)[:, None]
+        own, log_own = self._share(rows)
+        share = steepness * own[:, None]
         on_every = -wanted.logps if wanted.logsumexp is None else wanted.logsumexp - wanted.logps
         if wanted.entropy is None:
             d = torch.mul(exps, on_every[:, None] * share, out=products)
         else:
             # -b (log p_v + H) + (c - a), with log p_v + H = shifted_v + offset
-            b, offset = wanted.entropy, rows.entropy - self._total(rows).log()
+            b, offset = wanted.entropy, rows.entropy + log_own
             d = shifted.mul_(-b[:, None]).add_((on_every - b * offset)[:, None]).mul_(exps).mul_(share)
-        at_target = (wanted.logps * (targets >= 0))[:, None] * steepness
-        d.scatter_add_(1, targets.clamp(min=0)[:, None], at_target)
         if slope is not None:
             d.mul_(slope)
         if out.data_ptr() != d.data_ptr():
@@ -75,30 +80,27 @@ class TorchRows:
         threshold: float,
         uniforms: Tensor,
     ) -> Entries | None:
-        total = self._total(rows)
-        sample = sparse.sample_rows(self._exps[: products.shape[0]], total[:, None], threshold, uniforms)
+        own, log_own = self._share(rows)
+        sample = sparse.sample_rows(self._exps[: products.shape[0]], 1 / own[:, None], threshold, uniforms)
         if sample is None:
             return None
         row, column = sample.row, sample.column
         factor = (-wanted.logps if wanted.logsumexp is None else wanted.logsumexp - wanted.logps)[row]
         if wanted.entropy is not None:
-            offset = rows.entropy - total.log()
-            factor = factor - wanted.entropy[row] * (products[row, column] + offset[row])
-        held = (targets >= 0).nonzero().squeeze(1)
-        row, column = torch.cat([row, held]), torch.cat([column, targets[held]])
-        value = torch.cat([sample.value * factor, wanted.logps[held]])
+            factor = factor - wanted.entropy[row] * (products[row, column] + (rows.entropy + log_own)[row])
         temperature = transform.of(row).temperature
-        value *= transform.scale / temperature
+        value = sample.value * factor * (transform.scale / temperature)
         if transform.softcap is not None:
             value *= _slope_(products[row, column] + self._row_max[row], temperature, transform.softcap)
         return Entries(row, column, value)
 
-    def _total(self, rows: RowStatistics) -> Tensor:
-        """What the exponentials of this shard are divided by: the row's total, from this shard's maximum.
+    def _share(self, rows: RowStatistics) -> tuple[Tensor, Tensor]:
+        """What makes probabilities of this block's exponentials, and its logarithm.
 
-        A shard more than 80 below the row's maximum has no probability that fp32 could hold; the bound keeps inf out.
+        Zero where the target, or another shard, has all the probability that fp32 can tell.
         """
-        return rows.total * (rows.row_max - self._row_max).clamp(max=80.0).exp()
+        gap = self._row_max - rows.row_max
+        return gap.exp() / rows.total, gap - rows.total.log()
 
     def add_times_weight(self, entries: Entries, weight: Tensor, out: Tensor) -> None:
         sparse.add_times_weight(entries, weight.to(out.dtype), out)
@@ -125,4 +127,4 @@ def _logits_(x: Tensor, transform: Transform) -> Tensor:
 
 def _slope_(z: Tensor, temperature: float | Tensor, softcap: float) -> Tensor:
     """What of d z / d x differs from entry to entry, ``1 - tanh^2``, from the logits z and in their place."""
-    return z.mul_(temperature / softcap).square_().neg_().add_(1.0)
+    return z.mul_(temperature / softcap).clamp_(min=-1.0).square_().neg_().add_(1.0)

@@ -57,11 +57,11 @@ def _tile_mass(tile_level, tile_mass, tile, row_max, inverse):
 
 
 @triton.jit
-def _open(products, tile, vocab, row_max, inverse, inner, outer, SOFTCAP: tl.constexpr, TILE: tl.constexpr):
-    """(column, logit less the maximum, p, d z / d x) of the entries of a tile."""
+def _open(products, tile, vocab, target, row_max, inverse, inner, outer, SOFTCAP: tl.constexpr, TILE: tl.constexpr):
+    """(column, logit less the maximum, p, d z / d x) of the entries of a tile; p is zero at the target."""
     column = tile * TILE + tl.arange(0, TILE)
-    held = column < vocab
-    z, slope = logits(tl.load(products + column, mask=held, other=0.0), inner, outer, SOFTCAP)
+    held = (column < vocab) & (column != target)
+    z, slope = logits(tl.load(products + column, mask=column < vocab, other=0.0), inner, outer, SOFTCAP)
     shifted = z - row_max
     return column, shifted, tl.where(held, tl.exp(shifted) * inverse, 0.0), slope
 
@@ -74,10 +74,10 @@ def _fixed(p, threshold):
 
 @triton.jit
 def _tiles_to_walk(num_tiles, row_max, total, on_logp, on_entropy, on_logsumexp):
-    """No tile of a row that nothing depends on, or with NaN or infinity; and whether anything depends on the row."""
+    """No tile of a row that nothing depends on, or with NaN or infinity."""
     live = (on_logp != 0.0) | (on_entropy != 0.0) | (on_logsumexp != 0.0)
     finite = tl.abs(row_max) + total + 1.0 / total < float("inf")
-    return tl.where(live, tl.where(finite, num_tiles, 0), 0), live
+    return tl.where(live, tl.where(finite, num_tiles, 0), 0)
 
 
 _VECTORS = ["targets", "temperature", "row_max", "total", "entropy", "on_logp", "on_entropy", "on_logsumexp"]
@@ -97,19 +97,17 @@ def count_kernel(
     tile_mass += row * num_tiles
     inner, outer = row_factors(row, temperature, scale, softcap, SOFTCAP, ROW_TEMPERATURE)
     top, sum_exps = tl.load(row_max + row), tl.load(total + row)
-    walk, live = _tiles_to_walk(
+    walk = _tiles_to_walk(
         num_tiles, top, sum_exps, tl.load(on_logp + row), coefficient(on_entropy, row, ENTROPY),
         coefficient(on_logsumexp, row, LOGSUMEXP),
     )  # fmt: skip
-    inverse = 1.0 / sum_exps
-    # The target's own entry is the last of the row.
-    last = section == tl.num_programs(1) - 1
-    count = tl.where(last & live, tl.where(tl.load(targets + row) >= 0, 1, 0), 0)
+    inverse, target = 1.0 / sum_exps, tl.load(targets + row)
+    count = tl.full([], 0, tl.int32)
     dust = tl.full([], 0, tl.int64)
     for tile in range(section * SECTION, tl.minimum((section + 1) * SECTION, walk)):
         mass = _tile_mass(tile_level, tile_mass, tile, top, inverse)
         if mass >= threshold:
-            _, _, p, _ = _open(products, tile, vocab, top, inverse, inner, outer, SOFTCAP, TILE)
+            _, _, p, _ = _open(products, tile, vocab, target, top, inverse, inner, outer, SOFTCAP, TILE)
             count += tl.sum((p >= threshold).to(tl.int32), 0)
             dust += tl.sum(_fixed(tl.where(p >= threshold, 0.0, p), threshold), 0)
         else:
@@ -127,7 +125,7 @@ def emit_kernel(
     SOFTCAP: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, ENTROPY: tl.constexpr, LOGSUMEXP: tl.constexpr,
     TILE: tl.constexpr, SECTION: tl.constexpr,
 ):  # fmt: skip
-    """Entries of section s to [starts[s], starts[s + 1]), in order of columns; the target's own last in its row."""
+    """Entries of section s to [starts[s], starts[s + 1]), in order of columns."""
     row, section = tl.program_id(0).to(tl.int64), tl.program_id(1)
     products += row * stride
     tile_level += row * num_tiles
@@ -136,23 +134,16 @@ def emit_kernel(
     top, sum_exps = tl.load(row_max + row), tl.load(total + row)
     a, b = tl.load(on_logp + row), coefficient(on_entropy, row, ENTROPY)
     c = coefficient(on_logsumexp, row, LOGSUMEXP)
-    walk, live = _tiles_to_walk(num_tiles, top, sum_exps, a, b, c)
+    walk = _tiles_to_walk(num_tiles, top, sum_exps, a, b, c)
     inverse, offset = 1.0 / sum_exps, tl.load(entropy + row) - tl.log(sum_exps)
     place = row * tl.num_programs(1) + section
     stands, slot, end = tl.load(stands_before + place), tl.load(starts + place), tl.load(starts + place + 1)
     target = tl.load(targets + row)
-    if (section == tl.num_programs(1) - 1) & live & (target >= 0):
-        end -= 1
-        _, slope = logits(tl.load(products + target), inner, outer, SOFTCAP)
-        # NaN where the row's statistics are: such a row has no other entry that could tell.
-        tl.store(entry_value + end, a * slope + 0.0 * offset)
-        tl.store(entry_column + end, target.to(tl.int32))
-        tl.store(entry_row + end, row.to(tl.int32))
     for tile in range(section * SECTION, tl.minimum((section + 1) * SECTION, walk)):
         mass = _tile_mass(tile_level, tile_mass, tile, top, inverse)
         dust = _fixed(mass, threshold)
         if (mass >= threshold) | (((stands + dust) >> _FRACTION) != (stands >> _FRACTION)):
-            column, shifted, p, slope = _open(products, tile, vocab, top, inverse, inner, outer, SOFTCAP, TILE)
+            column, shifted, p, slope = _open(products, tile, vocab, target, top, inverse, inner, outer, SOFTCAP, TILE)
             exact = p >= tl.where(mass >= threshold, threshold, 2.0)
             part = _fixed(tl.where(exact, 0.0, p), threshold)
             running = tl.cumsum(part, 0)

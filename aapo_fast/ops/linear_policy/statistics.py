@@ -4,6 +4,9 @@ A row kernel sweeps a chunk of raw head products twice. Sweep 1 gives ``Partials
 vocabulary-parallel head and finish as ``RowStatistics``; the objective turns those into ``Coefficients``; sweep 2
 turns coefficients into gradient rows. Each implementation is a ``RowKernels``.
 
+The target stays out of both sweeps (section "The target apart" of README.md): its logit joins the statistics in
+``finish``, and its entry of the gradient row is ``target_gradient``.
+
 Letters: C rows of a chunk or block, V vocabulary (of this shard).
 """
 
@@ -41,10 +44,10 @@ class Transform:
 
 
 class Partials(NamedTuple):
-    """Sweep 1 over the columns of one shard, (C,) each, fp32 (fp64 for fp64 inputs).
+    """Sweep 1 over the columns of one shard but the target's, (C,) each, fp32 (fp64 for fp64 inputs).
 
     Attributes:
-        row_max: max_v z_v.
+        row_max: max_v z_v; -1e30 or less where there is no other column.
         total: sum_v exp(z_v - row_max).
         weighted: sum_v exp(z_v - row_max) (z_v - row_max).
         target: the target's logit; -inf where this shard does not hold it.
@@ -61,8 +64,10 @@ class RowStatistics(NamedTuple):
 
     Attributes:
         logps, entropy, logsumexp: log-probability of the target, entropy in nats, log-sum-exp of the logits.
-        row_max, total: as in ``Partials``. Sweep 2 takes p_v = exp(z_v - row_max) / total from them: from the
-            log-sum-exp it would inherit that number's rounding, which at logits of 1000 is 3e-5.
+        row_max, total: as in ``Partials``, of all columns. Sweep 2 takes p_v = exp(z_v - row_max) / total from them:
+            from the log-sum-exp it would inherit that number's rounding, which at logits of 1000 is 3e-5.
+        target: the target's logit.
+        others: probability of all tokens but the target, with all its digits however small it is.
     """
 
     logps: Tensor
@@ -70,6 +75,8 @@ class RowStatistics(NamedTuple):
     logsumexp: Tensor
     row_max: Tensor
     total: Tensor
+    target: Tensor
+    others: Tensor
 
 
 class Coefficients(NamedTuple):
@@ -102,13 +109,17 @@ class RowKernels(Protocol):
     block_rows: int
 
     def statistics(self, products: Tensor, targets: Tensor, transform: Transform) -> Partials:
-        """Sweep 1 over (C, V) raw products, which it may overwrite. A target of -1 is in no column of this shard."""
+        """Sweep 1 over (C, V) raw products, which it may overwrite. A target of -1 is in no column of this shard.
+
+        One sweep of a block: what it leaves in ``products`` is for the methods below.
+        """
 
     def gradient(self, products: Tensor, targets: Tensor, rows: RowStatistics, wanted: Coefficients,
                  transform: Transform, out: Tensor) -> None:  # fmt: skip
         """Sweep 2 over the block that ``statistics`` saw last: (C, V) d loss / d products into ``out``.
 
-        ``out`` is ``products`` itself, or a buffer in a narrower dtype.
+        Zero at the target, whose entry is ``target_gradient``. ``out`` is ``products`` itself, or a buffer in a
+        narrower dtype.
         """
 
     def sparse_gradient(self, products: Tensor, targets: Tensor, rows: RowStatistics, wanted: Coefficients,
@@ -143,13 +154,55 @@ def merge(shards: Sequence[Partials]) -> Partials:
 
 
 def finish(partials: Partials) -> RowStatistics:
-    """Log-probability, entropy and log-sum-exp from the sums of sweep 1; no large numbers cancel in them."""
-    row_max, total, weighted, target = partials
-    log_total = total.log()
-    # H = log-sum-exp - E[z], both less the row's maximum.
+    """The statistics of whole rows: the target's logit joins the sums of sweep 1.
+
+    No large numbers cancel, and nothing small is added to a one that would lose it: where the target has nearly all
+    the probability, log p = -log1p(rest) and 1 - p = rest / (1 + rest), with ``rest`` the sum over the others.
+    """
+    max_of_rest, rest, weighted, target = partials
+    row_max = torch.maximum(max_of_rest, target)
+    gap, gap_of_target = max_of_rest - row_max, target - row_max
+    factor, at_target = gap.exp(), gap_of_target.exp()
+    rest = factor * rest
+    total = rest + at_target
+    log_total = torch.where(at_target == 1, rest.log1p(), total.log())
+    # Far below the maximum a factor is 0, and 0 * -inf must stay 0.
+    weighted = factor * weighted + gap * rest + at_target * gap_of_target.clamp(min=-1e30)
     return RowStatistics(
-        target - row_max - log_total, log_total - weighted / total, row_max + log_total, row_max, total
+        logps=gap_of_target - log_total,
+        entropy=log_total - weighted / total,  # H = log-sum-exp - E[z], both less the row's maximum
+        logsumexp=row_max + log_total,
+        row_max=row_max,
+        total=total,
+        target=target,
+        others=rest / total,
     )
+
+
+def target_gradient(rows: RowStatistics, wanted: Coefficients, transform: Transform, held: Tensor) -> Tensor:
+    """(C,) d loss / d the target's raw product, fp64; zero where this shard holds no target, ``held`` (C,) bool.
+
+    a (1 - p) - b p (log p + H) + c p, times the slope d z / d x. In fp64 because this one entry is most of a gradient
+    row: rounded, it would be most of its error.
+    """
+    p = rows.logps.double().exp()
+    # 1 - p has more digits than rest / total while p is small.
+    d = wanted.logps * torch.where(p < 0.5, 1 - p, rows.others.double())
+    live = wanted.logps != 0
+    if wanted.entropy is not None:
+        d = d - wanted.entropy * p * (rows.logps.clamp(min=-1e30) + rows.entropy)
+        live = live | (wanted.entropy != 0)
+    if wanted.logsumexp is not None:
+        d = d + wanted.logsumexp * p
+        live = live | (wanted.logsumexp != 0)
+    temperature = transform.temperature
+    temperature = temperature.double() if isinstance(temperature, Tensor) else temperature
+    d = d * (transform.scale / temperature)
+    if transform.softcap is not None:
+        capped = rows.target * (temperature / transform.softcap)
+        d = d * ((1 - capped) * (1 + capped))
+    # A row that nothing depends on gives zeros, whatever is in it.
+    return d.where(held & live, 0.0)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
