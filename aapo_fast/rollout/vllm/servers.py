@@ -74,9 +74,8 @@ class _Job:
 class _Draw:
     """One call of ``generate`` on its way."""
 
-    jobs: queue.Queue[
-        _Job
-    ]  # not SimpleQueue, whose get(timeout) may wait for ever where threads compete (CPython 3.11)
+    # Not a SimpleQueue: its get(timeout) may wait for ever where threads compete for the last job (CPython 3.11).
+    jobs: queue.Queue[_Job]
     total: int
     found: dict[int, list[Completion]] = field(default_factory=dict)
     refused: RequestError | None = None
