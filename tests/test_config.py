@@ -50,7 +50,7 @@ def test_every_option_is_documented():
     [
         ({"train.step": "3"}, "unknown key train.step; did you mean train.steps?"),
         ({"trainer.steps": "3"}, "unknown key trainer; did you mean train?"),
-        ({"zzz.a": "3"}, "unknown key zzz; known here: run, model, loss, data"),
+        ({"zzz.a": "3"}, "unknown key zzz; known here: run, model, lora, loss, data"),
         ({"train.steps": "many"}, "train.steps='many' must be int, not str"),
         ({"train.steps": "2.5"}, "train.steps=2.5 must be int, not float"),
         ({"train.steps": "true"}, "train.steps=True must be int, not bool"),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import aapo_fast as af
 from aapo_fast.bench.inputs import Problem, soft_capped
 from aapo_fast.bench.method import Outputs, Run, needs, weighted_loss
+from aapo_fast.objectives import Objective
 from aapo_fast.ops import dispatch
 
 FLOOR_BLOCK_BYTES = 4 * 2**30
@@ -94,18 +95,27 @@ def policy_loss(implementation: str = "auto", **options: Any) -> Callable[[Probl
     """The fused loss with AAPO's objective; ``options`` go to ``linear_policy_loss``."""
 
     def build(problem: Problem) -> Run:
-        _check_implementation(implementation, problem)
         objective = af.AAPO(problem.advantages, problem.sequence_index, problem.num_rows)
-        keywords: dict[str, Any] = {"softcap": problem.softcap, "implementation": implementation, **options}
-
-        def run() -> Outputs:
-            out = af.linear_policy_loss(problem.hidden, problem.weight, problem.targets, objective, **keywords)
-            out.loss.backward()
-            return Outputs(out.logps, out.entropy)
-
-        return run
+        return _run_policy_loss(problem, objective, implementation, **options)
 
     return build
+
+
+def plain_mean(implementation: str = "auto") -> Callable[[Problem], Run]:
+    """The fused loss as a mean over tokens: what peers without a weight a token compute."""
+    return lambda problem: _run_policy_loss(problem, af.SFT(problem.num_rows), implementation)
+
+
+def _run_policy_loss(problem: Problem, objective: Objective, implementation: str, **options: Any) -> Run:
+    _check_implementation(implementation, problem)
+    keywords: dict[str, Any] = {"softcap": problem.softcap, "implementation": implementation, **options}
+
+    def run() -> Outputs:
+        out = af.linear_policy_loss(problem.hidden, problem.weight, problem.targets, objective, **keywords)
+        out.loss.backward()
+        return Outputs(out.logps, out.entropy)
+
+    return run
 
 
 def logprobs(implementation: str = "auto") -> Callable[[Problem], Run]:

@@ -40,6 +40,7 @@ OURS: dict[str, tuple[str, str, Callable[[str], Callable[[Problem], Run]]]] = {
         for name, options in SPARSE.items()
     },
     "logprobs": ("ours, linear_logprobs", "4", builtin.logprobs),
+    "exact-mean": ("ours, exact, plain mean", "3", builtin.plain_mean),
 }
 """Title, matrix products, and what makes the method from the name of an implementation."""
 
@@ -102,5 +103,7 @@ def find(names: list[str]) -> list[Method]:
             check_names(f"--method {base}:", [implementation], dispatch.IMPLEMENTATIONS)
         title, gemms, make = OURS[base]
         shown = f"{title} ({implementation})" if colon else title
-        found.append(Method(name, shown, gemms, make(implementation or "auto"), kind="ours", sampled=base in SPARSE))
+        made = make(implementation or "auto")
+        weighted = base != "exact-mean"  # the loss of the peers that know no other
+        found.append(Method(name, shown, gemms, made, kind="ours", weighted=weighted, sampled=base in SPARSE))
     return list({method.name: method for method in found}.values())

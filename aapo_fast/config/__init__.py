@@ -18,6 +18,7 @@ from aapo_fast.config.layers import (
     Config,
     DataConfig,
     EvalConfig,
+    LoraConfig,
     LossConfig,
     ModelConfig,
     ReferenceConfig,
@@ -32,6 +33,7 @@ from aapo_fast.config.layers import (
 __all__ = [
     "ConfigError",
     "RunConfig",
+    "LoraConfig",
     "LossConfig",
     "ModelConfig",
     "DataConfig",

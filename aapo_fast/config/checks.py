@@ -17,6 +17,7 @@ def check(c: Config) -> None:
         "data.held_out": (c.data.held_out, 0),
         "data.max_prompt_tokens": (c.data.max_prompt_tokens, 1),
         "run.samples_kept": (c.run.samples_kept, 0),
+        "lora.rank": (c.lora.rank, 0),
         "rollout.prompts_per_step": (c.rollout.prompts_per_step, 1),
         "rollout.group_size": (c.rollout.group_size, 1),
         "rollout.max_tokens": (c.rollout.max_tokens, 1),
@@ -49,6 +50,10 @@ def check(c: Config) -> None:
     for key, beta in (("train.beta1", c.train.beta1), ("train.beta2", c.train.beta2)):
         if not 0 <= beta < 1:
             raise ConfigError(f"{key}={beta} must lie in [0, 1)")
+    if c.lora.alpha <= 0:
+        raise ConfigError(f"lora.alpha={c.lora.alpha} must be above 0")
+    if not c.lora.target_modules:
+        raise ConfigError("lora.target_modules is empty; name layers, or leave it at ['all-linear']")
     _check_loss(c)
     _check_engines(c)
     _check_combinations(c)

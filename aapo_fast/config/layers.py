@@ -33,6 +33,15 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """[lora] train an adapter and leave the model's own weights as they are."""
+
+    rank: int = option(0, "of the adapter's factors (16, say); 0: train all weights")
+    alpha: float = option(32.0, "the adapter is scaled by alpha / rank")
+    target_modules: list[str] = option(["all-linear"], "layers with one, by the ends of their names; not the head")
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """[loss] AAPO's loss: what may be added to it, and how it is computed."""
 
@@ -180,6 +189,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aapo_fast.models import attention
 from aapo_fast.models.head import check_head
+from aapo_fast.models.lora import checkpoint_state, has_adapter
 from aapo_fast.types import UserError
 
 PACKAGE_SCHEME = "package:"
@@ -82,13 +83,18 @@ def steers_attention(model: Any) -> bool:
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a folder that ``AutoModelForCausalLM.from_pretrained`` loads. Complete or not there at all: it is written
-    beside ``folder`` and put in its place at the end.
+    beside ``folder`` and put in its place at the end. An adapter is merged, and also written to ``adapter``
+    within.
     """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         fresh = Path(scratch) / folder.name
-        model.save_pretrained(fresh)
+        if has_adapter(model):
+            model.get_base_model().save_pretrained(fresh, state_dict=dict(checkpoint_state(model)))
+            model.save_pretrained(fresh / "adapter")
+        else:
+            model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
         old = Path(scratch) / "old"
         if folder.exists():

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from aapo_fast.models.lora import has_adapter, without_adapter
 from aapo_fast.rollout.requests import check_prompts, eos_token_ids
 from aapo_fast.types import FinishReason, Progress, Sample, SamplingParams, UserError, Weights
 
@@ -52,6 +54,9 @@ class HFEngine:
     def keep_reference(self) -> None:
         if self.weight_version != 0:
             raise RuntimeError("keep_reference: the policy has moved already; call it before the first update")
+        if has_adapter(self.model):  # the reference is the model without it
+            self._reference = self.model
+            return
         self._reference = copy.deepcopy(self.model).requires_grad_(False)
 
     def sync_weights(self, version: int) -> None:
@@ -88,7 +93,8 @@ class HFEngine:
         step = max(1, self.max_batch_size // n)
         for start in range(0, len(prompts), step):
             part = slice(start, start + step)
-            rows = self._complete(model, prompts[part], n, sampling, seeds[part])
+            with without_adapter(model) if weights == "reference" else nullcontext():
+                rows = self._complete(model, prompts[part], n, sampling, seeds[part])
             samples = [self._sample(prompts[start + row.prompt], row, version) for row in rows]
             results += [samples[i : i + n] for i in range(0, len(samples), n)]
             if progress is not None:

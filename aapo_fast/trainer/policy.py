@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aapo_fast.config import LossConfig, ModelConfig
+from aapo_fast.config import LoraConfig, LossConfig, ModelConfig
 from aapo_fast.data.packing import Weighted, pack, pad
 from aapo_fast.models.head import find_decoder, find_head
 from aapo_fast.models.load import load_model, steers_attention
+from aapo_fast.models.lora import add_adapter, checkpoint_state
 from aapo_fast.objectives import AAPO, Objective, Regularized
 from aapo_fast.ops.linear_policy import PolicyLoss, linear_logprobs, linear_policy_loss
 from aapo_fast.types import Batch, Sample, UserError
 
-DEFAULT_LOSS = LossConfig()
+DEFAULT_LOSS, FULL = LossConfig(), LoraConfig()
 
 LAYOUT_TOLERANCE = 0.05
 """Largest relative difference of packed and padded hidden states; rounding of 16-bit models stays below it."""
@@ -45,9 +46,21 @@ class Policy:
         self.packed = steers_attention(model) and self._packing_is_faithful()
 
     @classmethod
-    def from_config(cls, config: ModelConfig, temperature: float, loss: LossConfig = DEFAULT_LOSS) -> Policy:
-        """Load the model that [model] names. Raises UserError if it or its device cannot be had."""
+    def from_config(
+        cls,
+        config: ModelConfig,
+        temperature: float,
+        loss: LossConfig = DEFAULT_LOSS,
+        lora: LoraConfig = FULL,
+    ) -> Policy:
+        """Load the model that [model] names, with the adapter that [lora] wants.
+
+        Raises:
+            UserError: it, its device or its adapter cannot be had.
+        """
         model, tokenizer = load_model(config.path, resolve_device(config.device))
+        if lora.rank:
+            model = add_adapter(model, lora.rank, lora.alpha, lora.target_modules)
         return cls(model, tokenizer, temperature, loss)
 
     def batch(self, samples: Sequence[Weighted]) -> Batch:
@@ -99,15 +112,22 @@ class Policy:
             **self.head.arguments(self.temperature),
         ).logps
 
+    def num_parameters(self) -> tuple[int, int]:
+        """Those that are trained, and all."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
     def fingerprint(self) -> str:
-        """A digest of what decides completions beside the sampling: config, tokenizer, weights; not name and folder."""
+        """A digest of what decides the reference's completions beside the sampling: config, tokenizer, weights without
+        an adapter; not name and folder.
+        """
         settings = self.model.config.to_dict()
         settings = {k: v for k, v in settings.items() if k not in ("_name_or_path", "transformers_version")}
         generation = getattr(self.model, "generation_config", None)
         ends = [getattr(generation, "eos_token_id", None), self.tokenizer.eos_token_id]
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         digest = hashlib.sha256(json.dumps([settings, ends, vocabulary], sort_keys=True, default=str).encode())
-        for name, tensor in self.model.state_dict().items():
+        for name, tensor in checkpoint_state(self.model, merged=False):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()

@@ -53,7 +53,10 @@ def prepare(config: Config, display: Display) -> Iterator[Run]:
         folder.write(CONFIG, to_dict(config))
         scorer = stack.enter_context(Scorer(config.rewards, config.scoring))  # starts while the model loads
         display.note(f"loading {config.model.path}")
-        policy = Policy.from_config(config.model, config.rollout.temperature, config.loss)
+        policy = Policy.from_config(config.model, config.rollout.temperature, config.loss, config.lora)
+        if config.lora.rank:
+            trained, every = policy.num_parameters()
+            display.note(f"LoRA of rank {config.lora.rank}: {trained:,} of {every:,} parameters are trained")
         if not policy.packed:
             display.note(
                 f"{type(policy.model).__name__}: batches are padded, one row a completion; "

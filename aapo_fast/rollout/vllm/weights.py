@@ -7,17 +7,20 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from aapo_fast.models.lora import checkpoint_state
+
 Weights = Iterator[tuple[str, Tensor]]
 
 
 def named_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Weights:
     """Every tensor of the model's checkpoint, by its name there, without gradient; floating-point ones in ``dtype``.
+    An adapter is merged into them.
 
     A tied head is sent under its own name besides: an engine that keeps a packed copy of it would otherwise go on
     sampling from the old one, silently.
     """
-    for name, tensor in model.state_dict().items():
-        yield name, tensor.detach().to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
+    for name, tensor in checkpoint_state(model):
+        yield name, tensor.to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
 
 
 def frozen_copy(model: nn.Module) -> list[tuple[str, Tensor]]:

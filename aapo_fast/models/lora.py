@@ -1,0 +1,84 @@
+"""LoRA (Hu et al., arXiv 2106.09685) through peft: a small trained adapter on frozen weights.
+
+The frozen reference of such a run costs nothing: it is the model without its adapter. What leaves the trainer is either
+the adapter alone or the merged weights, under the names of the original checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from aapo_fast.types import UserError
+
+ALL_LINEAR = "all-linear"
+"""Every linear layer but the head."""
+
+
+def add_adapter(model: Any, rank: int, alpha: float, target_modules: Sequence[str]) -> Any:
+    """The model with a fresh adapter (B = 0: it computes what it did), and everything else frozen.
+
+    Args:
+        model: from ``models.load``.
+        rank: r of the two factors.
+        alpha: the product of the factors is scaled by alpha / r.
+        target_modules: names of layers, or their last parts ("q_proj"); ["all-linear"] is all but the head.
+
+    Raises:
+        UserError: peft is not installed, or there is no such layer.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError(f"lora.rank={rank} needs peft ({error}); run: pip install 'aapo-fast[lora]'") from error
+    names = ALL_LINEAR if list(target_modules) == [ALL_LINEAR] else list(target_modules)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM")
+    try:
+        return get_peft_model(model, config).eval()
+    except ValueError as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f"lora.target_modules={list(target_modules)}: {first_line}") from error
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether ``add_adapter`` made it."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def without_adapter(model: Any) -> AbstractContextManager[Any]:
+    """While it lasts the model computes what it did before it had an adapter."""
+    return model.disable_adapter() if has_adapter(model) else nullcontext()
+
+
+def adapter_state(model: Any) -> dict[str, Tensor]:
+    """The adapter's tensors, by the names that peft and vLLM load them by."""
+    from peft import get_peft_model_state_dict
+
+    return {name: tensor.detach() for name, tensor in get_peft_model_state_dict(model).items()}
+
+
+def checkpoint_state(model: Any, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the model's checkpoint by its name there, detached; the adapter added to it, or left out."""
+    if not has_adapter(model):
+        for name, tensor in model.state_dict().items():
+            yield name, tensor.detach()
+        return
+    base = model.get_base_model()
+    adapted = {f"{name}.base_layer.weight": module for name, module in base.named_modules() if _has_factors(module)}
+    for name, tensor in base.state_dict().items():
+        if ".lora_" in name:
+            continue
+        found = tensor.detach()
+        if merged and name in adapted:
+            [adapter] = adapted[name].active_adapters
+            # In fp32, and rounded once.
+            delta = adapted[name].get_delta_weight(adapter).detach()
+            found = (found.float() + delta.float()).to(found.dtype)
+        yield name.replace(".base_layer.", "."), found
+
+
+def _has_factors(module: Any) -> bool:
+    return hasattr(module, "lora_A") and hasattr(module, "base_layer")
