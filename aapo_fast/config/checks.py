@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from aapo_fast.config.build import ConfigError
 from aapo_fast.config.layers import Config, RewardConfig
 
+MAX_VLLM_RANK = 512
+
 
 def check(c: Config) -> None:
     """Raises ConfigError: one line that names the key, the value and what would be right."""
@@ -81,6 +83,8 @@ def _check_engines(c: Config) -> None:
             f"vllm.tensor_parallel_size={c.vllm.tensor_parallel_size}: an engine in the trainer's process has its one "
             "GPU; use rollout.engine='vllm_server'"
         )
+    if c.lora.rank > MAX_VLLM_RANK and c.rollout.engine == "vllm":
+        raise ConfigError(f"lora.rank={c.lora.rank}: vLLM takes adapters of rank {MAX_VLLM_RANK} at most")
     needed = c.data.max_prompt_tokens + c.rollout.max_tokens
     if 0 < c.vllm.max_model_len < needed and c.rollout.engine != "hf":
         raise ConfigError(

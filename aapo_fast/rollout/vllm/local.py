@@ -9,24 +9,20 @@ from typing import Any
 
 from torch import nn
 
+from aapo_fast.models.lora import has_adapter
 from aapo_fast.rollout.requests import check_prompts, eos_token_ids
 from aapo_fast.rollout.vllm.adapter import LocalLLM
+from aapo_fast.rollout.vllm.held import AdapterOnly, WholeModel
 from aapo_fast.rollout.vllm.samples import make_sample
 from aapo_fast.rollout.vllm.settings import EngineSettings
-from aapo_fast.rollout.vllm.weights import frozen_copy, named_weights, size_bytes
 from aapo_fast.types import Progress, Sample, SamplingParams, Weights
-
-NOTHING = ("none", -1)
 
 
 class VLLMEngine:
     """The rollout engine over an in-process vLLM; see ``types.RolloutEngine``.
 
-    The engine always knows which weights it holds, and loads others before it generates with them: after a sync, for
-    the frozen reference, and when it wakes up, whatever it may have kept in its sleep.
-
     Args:
-        model: the policy, whose present weights are sent at each sync.
+        model: the policy, whose present weights, or adapter, are sent at each sync.
         tokenizer: decodes completions.
         settings: how the engine is started. It reads the model's first weights from ``settings.model``.
 
@@ -39,15 +35,15 @@ class VLLMEngine:
         self.weight_version = 0
         self._eos = eos_token_ids(model, tokenizer)
         self._llm = LocalLLM(settings)
-        self._holds: tuple[str, int] = ("policy", 0)
+        self._adapted = has_adapter(model)
+        self._held: AdapterOnly | WholeModel = (AdapterOnly if self._adapted else WholeModel)(self._llm, model)
         self._asleep = False
-        self._reference: list[Any] | None = None
         self._metrics: dict[str, float] = {}
 
     def keep_reference(self) -> None:
         if self.weight_version != 0:
             raise RuntimeError("keep_reference: the policy has moved already; call it before the first update")
-        self._reference = frozen_copy(self.model)
+        self._held.keep_reference()
 
     def sync_weights(self, version: int) -> None:
         self.weight_version = version
@@ -56,18 +52,18 @@ class VLLMEngine:
 
     def load_checkpoint(self, folder: Path) -> None:
         """Load weights from a folder, as a trainer would that knows no other way; for comparison."""
-        self._holds = NOTHING
+        self._held.forget()
         self._llm.load_from_folder(folder)
 
     def free_memory(self) -> None:
-        if self._llm.sleep():
-            self._asleep, self._holds = True, NOTHING
+        self._asleep = self._held.sleep()
 
     def metrics(self) -> dict[str, float]:
         found, self._metrics = self._metrics, {}
         return found
 
     def close(self) -> None:
+        self._held.close()
         self._llm.close()
 
     def generate(
@@ -88,8 +84,9 @@ class VLLMEngine:
         check_prompts(prompts, seeds)
         version = self._hold(weights)
         start, total = time.perf_counter(), len(prompts)
+        adapted = [self._adapted and weights == "policy"] * total
         drawn = self._llm.generate(
-            prompts, n, sampling, seeds, self._eos, lambda done: progress and progress(done, total)
+            prompts, n, sampling, seeds, self._eos, adapted, lambda done: progress and progress(done, total)
         )
         self._count("generation_seconds", time.perf_counter() - start)
         return [
@@ -99,25 +96,13 @@ class VLLMEngine:
 
     def _hold(self, weights: Weights) -> int:
         """Have the engine awake with the weights that are wanted; their version."""
-        version = 0 if weights == "reference" else self.weight_version
-        wanted = ("policy", version)  # before the first update the policy is the reference
-        if weights == "reference" and self.weight_version != 0:
-            wanted = ("reference", 0)
-            if self._reference is None:
-                raise RuntimeError("the reference weights were not kept; call keep_reference before the first update")
-        if self._holds != wanted:
-            start = time.perf_counter()
-            source = named_weights(self.model) if wanted[0] == "policy" else iter(self._reference or [])
-            self._holds = NOTHING  # until the load has succeeded
-            if self._asleep:
-                self._llm.wake_for_loading()
-            self._llm.load(source)
-            if self._asleep:
-                self._llm.wake_for_generating()
-            self._holds, self._asleep = wanted, False
+        start = time.perf_counter()
+        sent = self._held.hold(weights, self.weight_version)
+        self._asleep = False
+        if sent >= 0:
             self._count("sync_seconds", time.perf_counter() - start)
-            self._count("sync_bytes", size_bytes(named_weights(self.model)))
-        return version
+            self._count("sync_bytes", sent)
+        return 0 if weights == "reference" else self.weight_version
 
     def _count(self, name: str, value: float) -> None:
         self._metrics[name] = self._metrics.get(name, 0.0) + value

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM makes room for."""
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -24,6 +27,7 @@ class EngineSettings:
         tensor_parallel_size: GPUs of one engine.
         enforce_eager: no CUDA graphs and no compilation: starts sooner, generates slower. Always so on a CPU.
         seed: of what vLLM draws without a seed of its own; completions have theirs.
+        lora_rank: of the adapter that requests may ask for; 0 for none.
     """
 
     model: str
@@ -36,6 +40,7 @@ class EngineSettings:
     tensor_parallel_size: int = 1
     enforce_eager: bool = False
     seed: int = 0
+    lora_rank: int = 0
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``vllm.LLM``; as options, those of its server."""
@@ -53,6 +58,10 @@ class EngineSettings:
             # to requests that do not speak of them. What ends a completion is sent with each request.
             "generation_config": "vllm",
         }
+        if self.lora_rank:
+            # One adapter; requests without one are the base model's, in the same batches.
+            room = min(rank for rank in LORA_RANKS if rank >= self.lora_rank)
+            found |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
         if self.device == "cuda":
             found["gpu_memory_utilization"] = self.gpu_memory_utilization
         return found
