@@ -71,8 +71,9 @@ class Chunk:
 
     def all_entries(self) -> Entries:
         parts = []
-        for block in self.blocks:
-            stats = finish(self.sweep_1(block))
+        self.logits.copy_(self.products)  # a block is swept once: sweep 1 takes the targets out
+        for block, stats in zip(self.blocks, self.stats, strict=True):
+            self.sweep_1(block)
             part = self.sample(block, stats)
             parts.append((part.row + block.start, *part[1:]))
         return Entries(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -103,9 +104,9 @@ class Kernels:
         seconds = dict.fromkeys(("sweep 1", "sweep 1, keeping tiles", "sparse: count and emit", "sweep 2"), 0.0)
         c.logits.copy_(c.products)
         seconds["sweep 1"] = timed(lambda: [c.sweep_1(block, keep=False) for block in c.blocks])
-        for block in c.blocks:
+        c.logits.copy_(c.products)
+        for block, stats in zip(c.blocks, c.stats, strict=True):
             seconds["sweep 1, keeping tiles"] += timed(lambda b=block: c.sweep_1(b))
-            stats = finish(c.sweep_1(block))
             seconds["sparse: count and emit"] += timed(lambda b=block, s=stats: c.sample(b, s))
         c.logits.copy_(c.products)
         for block, stats in zip(c.blocks, c.stats, strict=True):

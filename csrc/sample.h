@@ -60,8 +60,8 @@ struct Walk {
 
 // A tile's probabilities, zero beyond the vocabulary. Of those, entries from `exact_from` on are exact, the rest dust.
 struct OpenTile {
-  alignas(64) float p[TILE], shifted[TILE], slope[TILE]; // `shifted`: the logit less the row's maximum; d z / d x
-  float dust;                                            // sum of the dust
+  alignas(64) float p[TILE];
+  float dust; // sum of the dust
   int64_t num_exact;
 
   template <bool CAPPED> void read(const Walk &walk, int64_t first, float exact_from) {
@@ -83,8 +83,6 @@ struct OpenTile {
       sum_of_dust += is_exact ? Floats{} : q;
       exact -= (Bits)is_exact;
       store(p + i, q);
-      store(shifted + i, v);
-      store(slope + i, logits.slope);
     }
     dust = sum(sum_of_dust);
     num_exact = 0;
@@ -138,30 +136,51 @@ struct Writer {
 // takes what is left.
 inline void emit_tile(const Walk &walk, const OpenTile &open, int64_t tile, float exact_from, int64_t before,
                       int64_t steps, Writer &writer) {
+  constexpr int64_t GROUP = 8; // entries that are passed over together where nothing is in them
   const double dust_a_unit = double(open.dust) / double(walk.stands - before);
   int64_t next = (whole(before) + 1) * ONE;
   double running = 0, until = double(next - before) * dust_a_unit;
   int64_t last_dust = -1;
   const auto emit = [&](int64_t i, float q) {
-    writer.write(tile * TILE + i, q * walk.wanted.factor(open.shifted[i]) * open.slope[i]);
+    const int64_t column = tile * TILE + i;
+    const Floats x = all(walk.x[column]);
+    const Logits at = walk.block.softcap != 0 ? walk.transform.of<true>(x) : walk.transform.of<false>(x);
+    writer.write(column, q * walk.wanted.factor(at.z[0] - walk.wanted.row_max) * at.slope[0]);
   };
-  for (int64_t i = 0; i < TILE; ++i) {
-    const float p = open.p[i];
-    if (p >= exact_from) {
-      emit(i, p);
-    } else if (steps > 0 && p > 0) {
-      running += p;
-      last_dust = i;
-      if (running >= until) {
-        emit(i, walk.threshold);
-        next += ONE;
-        until = double(next - before) * dust_a_unit;
-        last_dust = -1;
-        if (--steps == 0 && open.num_exact == 0)
-          return;
+  for (int64_t first = 0; first < TILE; first += GROUP) {
+    const float *p = open.p + first;
+    float most = 0;
+    for (int64_t i = 0; i < GROUP; ++i)
+      most = p[i] > most ? p[i] : most;
+    if (most < exact_from) {
+      const float halves[2] = {(p[0] + p[1]) + (p[2] + p[3]), (p[4] + p[5]) + (p[6] + p[7])};
+      const double mass = double(halves[0]) + double(halves[1]);
+      if (running + mass < until) {
+        running += mass;
+        last_dust = mass > 0 ? first + GROUP - 1 : last_dust;
+        continue;
+      }
+    }
+    for (int64_t i = first; i < first + GROUP; ++i) {
+      const float p = open.p[i];
+      if (p >= exact_from) {
+        emit(i, p);
+      } else if (steps > 0 && p > 0) {
+        running += p;
+        last_dust = i;
+        if (running >= until) {
+          emit(i, walk.threshold);
+          next += ONE;
+          until = double(next - before) * dust_a_unit;
+          last_dust = -1;
+          if (--steps == 0 && open.num_exact == 0)
+            return;
+        }
       }
     }
   }
+  while (last_dust > 0 && open.p[last_dust] <= 0)
+    --last_dust;
   if (steps > 0 && last_dust >= 0)
     emit(last_dust, walk.threshold);
 }
