@@ -99,11 +99,11 @@ class RolloutEngine(Protocol):
         n: int,
         sampling: SamplingParams,
         seeds: Sequence[int],
-        weights: Weights = "policy",
+        weights: Weights | Sequence[Weights] = "policy",
         progress: Progress | None = None,
     ) -> list[list[Sample]]:
         """``n`` completions of each prompt (token ids). Prompt i is drawn with ``seeds[i]``: the same weights, prompt
-        and seed give the same samples, whatever else is in the call.
+        and seed give the same samples, whatever else is in the call. ``weights`` are those of all prompts, or of each.
         """
         ...
 

@@ -41,10 +41,10 @@ def child(rounds: int) -> None:
     from aapo_fast.trainer.step import optimizer_step
 
     with tempfile.TemporaryDirectory() as folder:
-        settings = config.load(cli.QUICKSTART, [("run.folder", f"{folder}/run"), ("reference.mode", "online")])
+        settings = config.load(cli.QUICKSTART, [("run.folder", f"{folder}/run"), ("reference.mode", "none")])
         with setup.prepare(settings, Display(quiet=True)) as run:
             start = time.perf_counter()
-            groups = sampling.rollout(run, run.schedule[0], 1, "policy")
+            groups = sampling.rollout(run, run.schedule[0], 1)
             seconds: dict[str, list[float]] = {"rollout": [time.perf_counter() - start]}
             # Every completion counts: how many have an advantage differs from step to step.
             samples = [Weighted(sample, 0.5) for group in groups for sample in group.samples]

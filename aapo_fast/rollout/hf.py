@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from aapo_fast.models.lora import has_adapter, without_adapter
-from aapo_fast.rollout.requests import check_prompts, eos_token_ids
+from aapo_fast.rollout.requests import check_prompts, eos_token_ids, in_turn
 from aapo_fast.types import FinishReason, Progress, Sample, SamplingParams, UserError, Weights
 
 
@@ -79,7 +79,7 @@ class HFEngine:
         n: int,
         sampling: SamplingParams,
         seeds: Sequence[int],
-        weights: Weights = "policy",
+        weights: Weights | Sequence[Weights] = "policy",
         progress: Progress | None = None,
     ) -> list[list[Sample]]:
         """See ``types.RolloutEngine.generate``.
@@ -87,6 +87,8 @@ class HFEngine:
         Raises:
             UserError: an empty prompt.
         """
+        if not isinstance(weights, str):
+            return in_turn(self.generate, prompts, seeds, weights, progress, n=n, sampling=sampling)
         check_prompts(prompts, seeds)
         model, version = self._model(weights)
         results: list[list[Sample]] = []

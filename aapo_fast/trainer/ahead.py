@@ -50,4 +50,4 @@ class Rollouts:
             wait([self._next])
 
     def _draw(self, number: int) -> list[Group]:
-        return rollout(self._run, self._run.schedule[number - 1], number, "policy")
+        return rollout(self._run, self._run.schedule[number - 1], number)

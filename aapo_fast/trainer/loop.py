@@ -90,11 +90,12 @@ def train_step(run: Run, number: int, totals: Totals, rollouts: Rollouts) -> Non
     problems = run.schedule[number - 1]
 
     with clock.phase("rollout"):
-        groups = rollouts.take(number)
+        drawn = rollouts.take(number)
+        groups, of_reference = drawn[: len(problems)], drawn[len(problems) :]
     with clock.phase("reward"):
         failures = score(run, groups, f"step {number}")
     with clock.phase("reference"):
-        reference = reference_rewards(run, problems, number)
+        reference = reference_rewards(run, problems, of_reference, number)
 
     rewards = torch.tensor([r for group in groups for r in group.rewards])
     advantages = aapo_advantages(

@@ -20,18 +20,27 @@ REFERENCE_FILL_PROBLEMS = 16
 """Problems whose reference rewards are committed together; what a kill can lose."""
 
 
-def rollout(run: Run, problems: Sequence[Problem], step: int, weights: Weights) -> list[Group]:
-    """G completions of each problem, not yet scored. Seeds depend on run, step and place in the step."""
-    # The reference draws from seeds of its own: with the policy's it would repeat the policy's samples at first.
-    offset = 0 if weights == "policy" else 1_000_000
+def rollout(run: Run, problems: Sequence[Problem], step: int) -> list[Group]:
+    """G completions of each problem, not yet scored; with an online reference its own of each problem after them.
+
+    Both in one call: an engine that can draws them in the same batches. Seeds depend on run, step and place in it.
+    """
+    every: list[Problem] = [*problems]
+    weights: list[Weights] = ["policy"] * len(problems)
+    places = list(range(len(problems)))
+    if run.config.reference.mode == "online":
+        every += problems
+        weights += ["reference"] * len(problems)
+        # From seeds of its own: with the policy's it would repeat the policy's samples at first.
+        places += [1_000_000 + i for i in places]
     drawn = run.engine.generate(
-        [p.prompt_ids for p in problems],
+        [p.prompt_ids for p in every],
         n=run.config.rollout.group_size,
         sampling=run.sampling,
-        seeds=[rollout_seed(run.config.run.seed, step, offset + i) for i in range(len(problems))],
+        seeds=[rollout_seed(run.config.run.seed, step, place) for place in places],
         weights=weights,
     )
-    return [Group(problem, samples) for problem, samples in zip(problems, drawn, strict=True)]
+    return [Group(problem, samples) for problem, samples in zip(every, drawn, strict=True)]
 
 
 def score(run: Run, groups: Sequence[Group], where: str) -> list[str]:
@@ -116,12 +125,11 @@ def _draw(run: Run, problems: Sequence[Problem], seeds: Sequence[int]) -> list[l
     return [group.rewards for group in groups]
 
 
-def reference_rewards(run: Run, problems: Sequence[Problem], step: int) -> list[float] | None:
-    """(B,) what each sample's reward is set against; None without reference."""
+def reference_rewards(run: Run, problems: Sequence[Problem], groups: Sequence[Group], step: int) -> list[float] | None:
+    """(B,) what each sample's reward is set against; None without reference. ``groups``: the reference's, if online."""
     if run.config.reference.mode == "none":
         return None
     if run.cache is None:
-        groups = rollout(run, problems, step, "reference")
         score(run, groups, f"the reference at step {step}")
         drawn = [group.rewards for group in groups]
     else:

@@ -156,3 +156,25 @@ def test_refusals():
     with pytest.raises(ValueError, match="2 prompts but 1 seeds"):
         engine.generate([[1], [2]], n=1, sampling=SamplingParams(), seeds=[0])
     assert engine.generate([], n=2, sampling=SamplingParams(), seeds=[]) == []
+
+
+def test_weights_of_each_prompt():
+    engine = HFEngine(support.tiny(), support.tokenizer())
+    engine.keep_reference()
+    for parameter in engine.model.parameters():
+        parameter.data += 0.05
+    engine.sync_weights(3)
+    sampling, told = SamplingParams(max_tokens=5), []
+    prompts, seeds = [[5, 3], [7], [5, 3], [9, 9]], [1, 2, 1, 4]
+    weights = ["policy", "reference", "reference", "policy"]
+    mixed = engine.generate(prompts, n=2, sampling=sampling, seeds=seeds, weights=weights,
+                            progress=lambda done, total: told.append((done, total)))  # fmt: skip
+    alone = [
+        engine.generate([p], n=2, sampling=sampling, seeds=[s], weights=w)[0]
+        for p, s, w in zip(prompts, seeds, weights, strict=True)
+    ]
+    tokens, truth = ([[s.token_ids for s in group] for group in drawn] for drawn in (mixed, alone))
+    assert tokens == truth and tokens[0] != tokens[2] and [g[0].weight_version for g in mixed] == [3, 0, 0, 3]
+    assert told[-1] == (4, 4) and told == sorted(told)
+    with pytest.raises(ValueError, match="4 prompts but 1 weights"):
+        engine.generate(prompts, n=1, sampling=sampling, seeds=seeds, weights=["policy"])

@@ -64,6 +64,24 @@ def test_each_sync_brings_the_adapter_alone_and_the_reference_stays(engine):
             assert gap(engine.model, again) < 1e-4
 
 
+def test_policy_and_reference_are_drawn_in_one_batch(engine, monkeypatch):
+    move(engine.model, seed=5)
+    engine.sync_weights(engine.weight_version + 1)
+    sampling, seeds = SamplingParams(max_tokens=6), [1, 2, 3]
+    apart = [engine.generate(PROMPTS, n=2, sampling=sampling, seeds=seeds, weights=w) for w in ("policy", "reference")]
+    batches = []
+    generate = engine._llm.generate
+    monkeypatch.setattr(engine._llm, "generate", lambda *a: batches.append(a[5]) or generate(*a))
+    weights = ["policy", "reference"] * 3
+    mixed = engine.generate([p for p in PROMPTS for _ in weights[:2]], n=2, sampling=sampling,
+                            seeds=[s for s in seeds for _ in weights[:2]], weights=weights)  # fmt: skip
+    assert batches == [[True, False] * 3]
+    for both, kind in zip((mixed[::2], mixed[1::2]), apart, strict=True):
+        assert [[s.token_ids for s in group] for group in both] == [[s.token_ids for s in group] for group in kind]
+        assert [[s.weight_version for s in group] for group in both] == [[s.weight_version for s in g] for g in kind]
+    assert apart[0] != apart[1]
+
+
 def test_a_tiny_model_learns_with_an_adapter_on_vllm(tmp_path):
     folder = vllm_support.save_model(tmp_path / "model", tied=True)
     tree = support.tiny_run(

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from aapo_fast.models.lora import has_adapter
-from aapo_fast.rollout.requests import check_prompts, eos_token_ids
+from aapo_fast.rollout.requests import check_prompts, eos_token_ids, in_turn
 from aapo_fast.rollout.vllm.adapter import LocalLLM
 from aapo_fast.rollout.vllm.held import AdapterOnly, WholeModel
 from aapo_fast.rollout.vllm.samples import make_sample
@@ -73,7 +73,7 @@ class VLLMEngine:
         n: int,
         sampling: SamplingParams,
         seeds: Sequence[int],
-        weights: Weights = "policy",
+        weights: Weights | Sequence[Weights] = "policy",
         progress: Progress | None = None,
     ) -> list[list[Sample]]:
         """See ``types.RolloutEngine.generate``.
@@ -81,28 +81,34 @@ class VLLMEngine:
         Raises:
             UserError: an empty prompt; a completion that is not whole.
         """
+        if not isinstance(weights, str) and not self._adapted:
+            return in_turn(self.generate, prompts, seeds, weights, progress, n=n, sampling=sampling)
         check_prompts(prompts, seeds)
-        version = self._hold(weights)
+        each = [weights] * len(prompts) if isinstance(weights, str) else list(weights)
+        for wanted in dict.fromkeys(each):  # several with an adapter only, which leaves the base model where it is
+            self._hold(wanted)
         start, total = time.perf_counter(), len(prompts)
-        adapted = [self._adapted and weights == "policy"] * total
+        adapted = [self._adapted and wanted == "policy" for wanted in each]
         drawn = self._llm.generate(
             prompts, n, sampling, seeds, self._eos, adapted, lambda done: progress and progress(done, total)
         )
         self._count("generation_seconds", time.perf_counter() - start)
         return [
-            [make_sample(self.tokenizer, prompt, completion, version) for completion in completions]
-            for prompt, completions in zip(prompts, drawn, strict=True)
+            [make_sample(self.tokenizer, prompt, completion, self._version(wanted)) for completion in completions]
+            for prompt, completions, wanted in zip(prompts, drawn, each, strict=True)
         ]
 
-    def _hold(self, weights: Weights) -> int:
-        """Have the engine awake with the weights that are wanted; their version."""
+    def _version(self, weights: Weights) -> int:
+        return 0 if weights == "reference" else self.weight_version
+
+    def _hold(self, weights: Weights) -> None:
+        """Have the engine awake with the weights that are wanted."""
         start = time.perf_counter()
         sent = self._held.hold(weights, self.weight_version)
         self._asleep = False
         if sent >= 0:
             self._count("sync_seconds", time.perf_counter() - start)
             self._count("sync_bytes", sent)
-        return 0 if weights == "reference" else self.weight_version
 
     def _count(self, name: str, value: float) -> None:
         self._metrics[name] = self._metrics.get(name, 0.0) + value

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aapo_fast.rollout.requests import check_prompts, eos_token_ids
+from aapo_fast.rollout.requests import check_prompts, eos_token_ids, in_turn
 from aapo_fast.rollout.vllm.client import RequestError, ServerClient, ServerError
 from aapo_fast.rollout.vllm.process import ServerProcess
 from aapo_fast.rollout.vllm.samples import Completion, make_sample
@@ -157,7 +157,7 @@ class VLLMServersEngine:
         n: int,
         sampling: SamplingParams,
         seeds: Sequence[int],
-        weights: Weights = "policy",
+        weights: Weights | Sequence[Weights] = "policy",
         progress: Progress | None = None,
     ) -> list[list[Sample]]:
         """See ``types.RolloutEngine.generate``.
@@ -165,6 +165,8 @@ class VLLMServersEngine:
         Raises:
             UserError: an empty prompt; a request that a server refuses; no server is left.
         """
+        if not isinstance(weights, str):
+            return in_turn(self.generate, prompts, seeds, weights, progress, n=n, sampling=sampling)
         check_prompts(prompts, seeds)
         version = self._want("reference" if weights == "reference" and self.weight_version else self._policy)
         start = time.perf_counter()

@@ -59,9 +59,11 @@ class EngineSettings:
             "generation_config": "vllm",
         }
         if self.lora_rank:
-            # One adapter; requests without one are the base model's, in the same batches.
+            # One adapter; requests without one are the base model's, in the same batches. On a CPU vLLM gives those the
+            # adapter of the last slot (vllm-project/vllm#48421): a second slot stays empty for them.
+            slots = 2 if self.device == "cpu" else 1
             room = min(rank for rank in LORA_RANKS if rank >= self.lora_rank)
-            found |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
+            found |= {"enable_lora": True, "max_loras": slots, "max_lora_rank": room}
         if self.device == "cuda":
             found["gpu_memory_utilization"] = self.gpu_memory_utilization
         return found
