@@ -83,7 +83,7 @@ def _check_engines(c: Config) -> None:
             f"vllm.tensor_parallel_size={c.vllm.tensor_parallel_size}: an engine in the trainer's process has its one "
             "GPU; use rollout.engine='vllm_server'"
         )
-    if c.lora.rank > MAX_VLLM_RANK and c.rollout.engine == "vllm":
+    if c.lora.rank > MAX_VLLM_RANK and c.rollout.engine != "hf":
         raise ConfigError(f"lora.rank={c.lora.rank}: vLLM takes adapters of rank {MAX_VLLM_RANK} at most")
     needed = c.data.max_prompt_tokens + c.rollout.max_tokens
     if 0 < c.vllm.max_model_len < needed and c.rollout.engine != "hf":

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from aapo_fast.types import UserError
 
+ADAPTER_FILE = "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
 """Every linear layer but the head."""
 
@@ -54,10 +56,16 @@ def without_adapter(model: Any) -> AbstractContextManager[Any]:
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:
-    """The adapter's tensors, by the names that peft and vLLM load them by."""
+    """The adapter's tensors, by the names that peft and vLLM load them by, from ``ADAPTER_FILE``."""
     from peft import get_peft_model_state_dict
 
     return {name: tensor.detach() for name, tensor in get_peft_model_state_dict(model).items()}
+
+
+def write_adapter_config(model: Any, folder: Path) -> None:
+    """What an adapter's tensors in ``folder`` are read by, as peft writes it."""
+    [config] = model.peft_config.values()
+    config.save_pretrained(folder)
 
 
 def checkpoint_state(model: Any, merged: bool = True) -> Iterator[tuple[str, Tensor]]:

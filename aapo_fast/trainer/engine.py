@@ -18,7 +18,7 @@ from aapo_fast.rollout.vllm.local import VLLMEngine
 from aapo_fast.rollout.vllm.process import ServerProcess
 from aapo_fast.rollout.vllm.servers import Server, VLLMServersEngine
 from aapo_fast.rollout.vllm.settings import EngineSettings, engine_dtype
-from aapo_fast.rollout.vllm.transport import SHARED_MEMORY, FolderTransport, Transport
+from aapo_fast.rollout.vllm.transport import SHARED_MEMORY, AdapterTransport, FolderTransport, Transport
 from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.policy import Policy
 from aapo_fast.types import RolloutEngine
@@ -54,9 +54,7 @@ def make_engine(config: Config, policy: Policy, folder: Path, display: Display) 
         servers = [Server(None, process) for process in _processes(config, settings, policy.device, folder)]
     width = max(1, config.rollout.max_batch_size // config.rollout.group_size)
     dtype = getattr(torch, settings.dtype)
-    return VLLMServersEngine(
-        model, tokenizer, servers, _transport(config, policy.device), limit, dtype, width, display.note
-    )
+    return VLLMServersEngine(model, tokenizer, servers, _transport(config, policy), limit, dtype, width, display.note)
 
 
 def engine_settings(config: Config, device: torch.device) -> EngineSettings:
@@ -72,8 +70,7 @@ def engine_settings(config: Config, device: torch.device) -> EngineSettings:
         tensor_parallel_size=config.vllm.tensor_parallel_size,
         enforce_eager=config.vllm.enforce_eager,
         seed=config.run.seed,
-        # A server is sent merged weights, as those of anybody else's choosing were not started for an adapter.
-        lora_rank=config.lora.rank if config.rollout.engine == "vllm" else 0,
+        lora_rank=0 if config.vllm.address else config.lora.rank,  # by NCCL go whole weights
     )
 
 
@@ -123,7 +120,8 @@ def _gpus(config: Config, number: int, device: torch.device) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(seen[first : first + width])}
 
 
-def _transport(config: Config, device: torch.device) -> Transport:
+def _transport(config: Config, policy: Policy) -> Transport:
+    device = policy.device
     if config.vllm.address:
         if device.type != "cuda":
             raise ConfigError(
@@ -132,4 +130,7 @@ def _transport(config: Config, device: torch.device) -> Transport:
         from aapo_fast.rollout.vllm.adapter import NCCLTransport
 
         return NCCLTransport(config.vllm.address, config.vllm.time_limit_seconds)
-    return FolderTransport.within(Path(config.vllm.weights_folder) if config.vllm.weights_folder else SHARED_MEMORY)
+    folder = Path(config.vllm.weights_folder) if config.vllm.weights_folder else SHARED_MEMORY
+    if config.lora.rank:
+        return AdapterTransport.within(folder, policy.model)
+    return FolderTransport.within(folder)

@@ -1,4 +1,7 @@
-"""An adapter on the colocated engine: the samples of Hugging Face's model with it, and of the base model without."""
+"""An adapter on vLLM, in the process and on a server: samples of Hugging Face's model with it, and of its base."""
+
+import os
+import signal
 
 import pytest
 import support
@@ -10,6 +13,9 @@ from aapo_fast import config
 from aapo_fast.models.lora import add_adapter, without_adapter
 from aapo_fast.rollout.hf import HFEngine
 from aapo_fast.rollout.vllm.local import VLLMEngine
+from aapo_fast.rollout.vllm.process import ServerProcess
+from aapo_fast.rollout.vllm.servers import Server, VLLMServersEngine
+from aapo_fast.rollout.vllm.transport import AdapterTransport
 from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.loop import train
 from aapo_fast.trainer.records import read_lines
@@ -28,12 +34,18 @@ def move(model, by=0.3, seed=1):
             parameter += by * torch.randn(parameter.shape, generator=generator)
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
+@pytest.fixture(scope="module", params=["in the process", "server"])
+def engine(request, tmp_path_factory):
     folder = vllm_support.save_model(tmp_path_factory.mktemp("vllm") / "model", tied=True)
     model, tokenizer = vllm_support.load(folder)
     model = add_adapter(model, rank=3, alpha=6.0, target_modules=["all-linear"])
-    engine = VLLMEngine(model, tokenizer, vllm_support.settings(folder, lora_rank=3))
+    settings = vllm_support.settings(folder, lora_rank=3)
+    if request.param == "server":
+        process = ServerProcess(settings, "a key", folder.parent / "vllm.log")
+        transport = AdapterTransport(folder.parent / "weights", model)
+        engine = VLLMServersEngine(model, tokenizer, [Server(None, process)], transport, 120.0, torch.float32)
+    else:
+        engine = VLLMEngine(model, tokenizer, settings)
     yield engine
     engine.close()
 
@@ -70,12 +82,13 @@ def test_policy_and_reference_are_drawn_in_one_batch(engine, monkeypatch):
     sampling, seeds = SamplingParams(max_tokens=6), [1, 2, 3]
     apart = [engine.generate(PROMPTS, n=2, sampling=sampling, seeds=seeds, weights=w) for w in ("policy", "reference")]
     batches = []
-    generate = engine._llm.generate
-    monkeypatch.setattr(engine._llm, "generate", lambda *a: batches.append(a[5]) or generate(*a))
+    if isinstance(engine, VLLMEngine):
+        generate = engine._llm.generate
+        monkeypatch.setattr(engine._llm, "generate", lambda *a: batches.append(a[5]) or generate(*a))
     weights = ["policy", "reference"] * 3
     mixed = engine.generate([p for p in PROMPTS for _ in weights[:2]], n=2, sampling=sampling,
                             seeds=[s for s in seeds for _ in weights[:2]], weights=weights)  # fmt: skip
-    assert batches == [[True, False] * 3]
+    assert batches == ([[True, False] * 3] if isinstance(engine, VLLMEngine) else [])
     for both, kind in zip((mixed[::2], mixed[1::2]), apart, strict=True):
         assert [[s.token_ids for s in group] for group in both] == [[s.token_ids for s in group] for group in kind]
         assert [[s.weight_version for s in group] for group in both] == [[s.weight_version for s in g] for g in kind]
@@ -100,3 +113,13 @@ def test_a_tiny_model_learns_with_an_adapter_on_vllm(tmp_path):
     assert summary["accuracy_before"] <= 0.25 and summary["accuracy_after"] == 1.0
     rows = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert max(row["reference_reward"] for row in rows) < 0.3
+
+
+def test_a_server_that_is_started_again_gets_the_adapter(engine):
+    if isinstance(engine, VLLMEngine):
+        pytest.skip("there is no server to kill")
+    move(engine.model, seed=6)
+    engine.sync_weights(engine.weight_version + 1)
+    os.killpg(engine._servers[0].process.pid, signal.SIGKILL)
+    assert same_greedy(engine, HFEngine(engine.model, engine.tokenizer))
+    assert engine.metrics()["server_restarts"] == 1 and engine._servers[0].adapter

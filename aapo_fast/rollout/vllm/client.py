@@ -61,11 +61,17 @@ class ServerClient:
         self._call("GET", "/is_paused", limit_seconds)
 
     def complete(
-        self, prompt: Sequence[int], n: int, sampling: SamplingParams, seed: int, eos: Collection[int]
+        self,
+        prompt: Sequence[int],
+        n: int,
+        sampling: SamplingParams,
+        seed: int,
+        eos: Collection[int],
+        adapter: str = "",
     ) -> list[Completion]:
-        """n completions of one prompt, ended by a token of ``eos``."""
+        """n completions of one prompt, ended by a token of ``eos``; ``adapter`` names one that was loaded."""
         body: dict[str, Any] = {
-            "model": self._model,
+            "model": adapter or self._model,
             "prompt": list(prompt),
             "n": n,
             "seed": stream_seed(seed),
@@ -128,6 +134,11 @@ class ServerClient:
         """Have every worker read the weights in ``folder``, which it must see under the same name."""
         body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
         self._call("POST", "/collective_rpc", self._limit, json=body)
+
+    def load_adapter(self, name: str, folder: str) -> None:
+        """Have it read an adapter in ``folder``, which it must see under the same name, in place of any so called."""
+        body = {"lora_name": name, "lora_path": folder, "load_inplace": True}
+        self._call("POST", "/v1/load_lora_adapter", self._limit, json=body)
 
     # --- vLLM's own transfer, which its trainer side drives through these (VLLMWeightSyncClient) -----------------
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from aapo_fast.models.lora import adapter_state
+from aapo_fast.models.lora import ADAPTER_FILE, adapter_state, write_adapter_config
 from aapo_fast.rollout.vllm.adapter import LocalLLM
 from aapo_fast.rollout.vllm.transport import SHARED_MEMORY
 from aapo_fast.rollout.vllm.weights import frozen_copy, named_weights, size_bytes
@@ -108,9 +108,8 @@ class AdapterOnly:
         target = self._folder / f"policy-{version}"
         try:
             target.mkdir(exist_ok=True)
-            save_file(state, target / "adapter_model.safetensors")
-            [config] = self._model.peft_config.values()
-            config.save_pretrained(target)
+            save_file(state, target / ADAPTER_FILE)
+            write_adapter_config(self._model, target)
         except OSError as error:
             raise UserError(f"the adapter cannot be written to {target}: {error}") from error
         self._llm.load_adapter(target, version)

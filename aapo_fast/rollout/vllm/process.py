@@ -38,8 +38,11 @@ def command(settings: EngineSettings, host: str, port: int) -> list[str]:
 
 
 def environment(settings: EngineSettings, api_key: str) -> dict[str, str]:
-    """Of a server: pausing it and replacing its weights are routes of vLLM's development mode, behind our key."""
-    return {**settings.environment(), **os.environ, "VLLM_SERVER_DEV_MODE": "1", KEY_VARIABLE: api_key}
+    """Of a server: pausing it and replacing its weights are routes of vLLM's development mode, behind our key; so are
+    those that load an adapter.
+    """
+    found = {**settings.environment(), **os.environ, "VLLM_SERVER_DEV_MODE": "1", KEY_VARIABLE: api_key}
+    return found | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if settings.lora_rank else found
 
 
 def free_port() -> int:

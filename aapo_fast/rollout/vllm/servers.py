@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from aapo_fast.models.lora import adapter_state
 from aapo_fast.rollout.requests import check_prompts, eos_token_ids, in_turn
 from aapo_fast.rollout.vllm.client import RequestError, ServerClient, ServerError
 from aapo_fast.rollout.vllm.process import ServerProcess
 from aapo_fast.rollout.vllm.samples import Completion, make_sample
-from aapo_fast.rollout.vllm.transport import Transport
+from aapo_fast.rollout.vllm.transport import AdapterTransport, Transport
 from aapo_fast.rollout.vllm.weights import named_weights, size_bytes
 from aapo_fast.types import Progress, Sample, SamplingParams, Weights
 
@@ -48,6 +49,7 @@ class Server:
         client: speaks to it; None until it was started.
         process: ours, or None for one that somebody else runs.
         holds: name of the weights that it has; "" when they are not known.
+        adapter: name of the adapter that it has; "" for none.
         fault: why it is not in use at present; "" when it is.
         restarts: since it last answered a request.
     """
@@ -55,6 +57,7 @@ class Server:
     client: ServerClient | None
     process: ServerProcess | None
     holds: str = FIRST
+    adapter: str = ""
     fault: str = ""
     restarts: int = 0
 
@@ -68,6 +71,7 @@ class _Job:
     index: int
     prompt: Sequence[int]
     seed: int
+    adapted: bool
 
 
 @dataclass
@@ -115,6 +119,7 @@ class VLLMServersEngine:
         self._servers, self._transport = list(servers), transport
         self._limit, self._width, self._note = time_limit_seconds, requests_a_server, note
         self._dtype, self._eos = dtype, eos_token_ids(model, tokenizer)
+        self._adapted = isinstance(transport, AdapterTransport)
         self._wanted, self._closed = FIRST, False
         self._lock = threading.Lock()
         self._metrics: dict[str, float] = {}
@@ -129,6 +134,8 @@ class VLLMServersEngine:
     def keep_reference(self) -> None:
         if self.weight_version != 0:
             raise RuntimeError("keep_reference: the policy has moved already; call it before the first update")
+        if self._adapted:  # the base model is the reference
+            return
         self._transport.publish("reference", named_weights(self.model, self._dtype))
 
     def sync_weights(self, version: int) -> None:
@@ -165,14 +172,16 @@ class VLLMServersEngine:
         Raises:
             UserError: an empty prompt; a request that a server refuses; no server is left.
         """
-        if not isinstance(weights, str):
+        if not isinstance(weights, str) and not self._adapted:
             return in_turn(self.generate, prompts, seeds, weights, progress, n=n, sampling=sampling)
         check_prompts(prompts, seeds)
-        version = self._want("reference" if weights == "reference" and self.weight_version else self._policy)
+        each = [weights] * len(prompts) if isinstance(weights, str) else list(weights)
+        swapped = weights == "reference" and self.weight_version and not self._adapted
+        self._want("reference" if swapped else self._policy)
         start = time.perf_counter()
         draw = _Draw(queue.Queue(), len(prompts))
-        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            draw.jobs.put(_Job(index, prompt, seed))
+        for index, (prompt, seed, wanted) in enumerate(zip(prompts, seeds, each, strict=True)):
+            draw.jobs.put(_Job(index, prompt, seed, self._adapted and wanted == "policy"))
         while len(draw.found) < draw.total:
             self._mend()
             self._take_turns(draw, n, sampling, progress)
@@ -180,8 +189,11 @@ class VLLMServersEngine:
                 raise draw.refused
         self._count("generation_seconds", time.perf_counter() - start)
         return [
-            [make_sample(self.tokenizer, prompt, completion, version) for completion in draw.found[index]]
-            for index, prompt in enumerate(prompts)
+            [
+                make_sample(self.tokenizer, prompt, completion, 0 if wanted == "reference" else self.weight_version)
+                for completion in draw.found[index]
+            ]
+            for index, (prompt, wanted) in enumerate(zip(prompts, each, strict=True))
         ]
 
     # --- requests ----------------------------------------------------------------------------------------------------
@@ -197,7 +209,8 @@ class VLLMServersEngine:
                     continue
                 try:
                     assert server.client is not None
-                    completions = server.client.complete(job.prompt, n, sampling, job.seed, self._eos)
+                    adapter = server.adapter if job.adapted else ""
+                    completions = server.client.complete(job.prompt, n, sampling, job.seed, self._eos, adapter)
                 except RequestError as error:  # the request is at fault: another server would say the same
                     draw.refused = error
                 except ServerError as error:
@@ -229,13 +242,13 @@ class VLLMServersEngine:
 
     def _publish(self) -> None:
         start = time.perf_counter()
-        weights = list(named_weights(self.model, self._dtype))
+        weights = list(adapter_state(self.model).items() if self._adapted else named_weights(self.model, self._dtype))
         self._transport.publish(self._policy, weights)
         self._count("sync_seconds", time.perf_counter() - start)
         self._count("sync_bytes", size_bytes(weights))
 
-    def _want(self, name: str) -> int:
-        """Have every server that is in use hold the weights ``name``; their version."""
+    def _want(self, name: str) -> None:
+        """Have every server that is in use hold the weights ``name``."""
         self._wanted = name
         behind = [s for s in self._servers if not s.fault and s.holds != name]
         if behind:
@@ -243,7 +256,6 @@ class VLLMServersEngine:
             together([partial(self._load, server) for server in behind])
             self._count("sync_seconds", time.perf_counter() - start)
             self._mend()
-        return 0 if name == "reference" else self.weight_version
 
     def _load(self, server: Server) -> None:
         assert server.client is not None
@@ -256,6 +268,7 @@ class VLLMServersEngine:
             self._failed(server, error)
         else:
             server.holds = self._wanted
+            server.adapter = AdapterTransport.NAME if self._adapted else ""
 
     # --- failures ----------------------------------------------------------------------------------------------------
 
@@ -301,7 +314,7 @@ class VLLMServersEngine:
             except ServerError as error:
                 server.fault = str(error)
                 continue
-            server.fault, server.holds = "", FIRST
+            server.fault, server.holds, server.adapter = "", FIRST, ""
             if server.holds != self._wanted:
                 self._load(server)
             self._count("server_restarts", 1)

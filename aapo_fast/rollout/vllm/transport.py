@@ -7,12 +7,14 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import Self
 
+from aapo_fast.models.lora import ADAPTER_FILE, write_adapter_config
 from aapo_fast.rollout.vllm.client import ServerClient
 from aapo_fast.types import UserError
 
@@ -49,7 +51,7 @@ class FolderTransport:
         self._folder = folder
 
     @classmethod
-    def within(cls, parent: Path) -> FolderTransport:
+    def within(cls, parent: Path, *more: Any) -> Self:
         """A folder of its own in ``parent``; those of runs that were killed are cleared away.
 
         Raises:
@@ -61,7 +63,7 @@ class FolderTransport:
                 pid = old.name.removeprefix(PREFIX).partition("-")[0]
                 if pid.isdigit() and not Path("/proc", pid).exists():
                     shutil.rmtree(old, ignore_errors=True)
-            return cls(Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent)))
+            return cls(Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent)), *more)
         except OSError as error:
             raise UserError(f"vllm.weights_folder={str(parent)!r} cannot be used: {error}") from error
 
@@ -77,7 +79,7 @@ class FolderTransport:
                 if old != target:
                     shutil.rmtree(old)
             scratch.mkdir(parents=True, exist_ok=True)
-            save_file(dict(_apart(weights)), scratch / "model.safetensors")
+            self._write(dict(_apart(weights)), scratch)
             shutil.rmtree(target, ignore_errors=True)
             scratch.rename(target)
         except (OSError, SafetensorError) as error:  # a full /dev/shm, which containers make small
@@ -92,6 +94,29 @@ class FolderTransport:
 
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _write(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        save_file(tensors, folder / "model.safetensors")
+
+
+class AdapterTransport(FolderTransport):
+    """The policy's adapter alone, as peft writes it: what is published are its tensors.
+
+    A server adds it to the base model, in the place of the one before: under a new name it would keep the old one, too.
+    """
+
+    NAME = "policy"
+
+    def __init__(self, folder: Path, model: Any) -> None:
+        super().__init__(folder)
+        self._model = model
+
+    def load(self, client: ServerClient, name: str) -> None:
+        client.load_adapter(self.NAME, str(self._folder / name))
+
+    def _write(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        save_file(tensors, folder / ADAPTER_FILE)
+        write_adapter_config(self._model, folder)
 
 
 def _apart(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
