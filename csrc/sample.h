@@ -2,7 +2,7 @@
 //
 // A row is walked twice, to count its entries and to emit them, and most of its tiles are not looked at: a tile is
 // opened where its largest entry reaches eps ("heavy"), or, to emit, where the running sum of dust / eps steps. Running
-// sums are in fixed point, so they are exact, the walks agree, and no dust is too fine to be drawn.
+// sums are in fixed point, so they are exact, the walks agree, and dust counts down to 2^-40 of a step.
 #pragma once
 
 #include "sweeps.h"

@@ -41,11 +41,15 @@ def relative(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-300)).item()
 
 
-def with_target(d, targets, rows, wanted, transform):
-    """(C, V) gradient rows of row kernels, which leave the target out, with the target's own entry."""
+def with_target(d, products, targets, rows, wanted, transform):
+    """(C, V) gradient rows of row kernels, which leave the target out, with the target's own entry.
+
+    ``products`` are the raw ones, from before the kernels wrote on them.
+    """
     held, column = targets >= 0, targets.clamp(min=0)[:, None]
+    product = products.gather(1, column).squeeze(1)
     assert (d.gather(1, column).squeeze(1)[held] == 0).all()
-    return d.scatter_add(1, column, target_gradient(rows, wanted, transform, held)[:, None].to(d.dtype))
+    return d.scatter_add(1, column, target_gradient(rows, wanted, transform, held, product)[:, None].to(d.dtype))
 
 
 def problem(n, h, v, dtype=torch.float64, seed=0, scale=1.0, bias=False):

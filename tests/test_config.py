@@ -78,6 +78,8 @@ def test_every_option_is_documented():
         ({"vllm.gpu_memory_utilization": "1"}, "vllm.gpu_memory_utilization=1.0 must lie in (0, 1)"),
         ({"vllm.time_limit_seconds": "0"}, "vllm.time_limit_seconds=0.0 must be above 0"),
         ({"vllm.servers": "here"}, "vllm.servers='here' must be list of str"),
+        ({"lora.alpha": "nan"}, "lora.alpha=nan must be finite"),
+        ({"lora.rank": "513", "rollout.engine": "vllm"}, "vLLM takes adapters of rank 512 at most"),
         ({"train.beta1": "2"}, "train.beta1=2.0 must lie in [0, 1)"),
         ({"scoring.max_failure_share": "3"}, "scoring.max_failure_share=3.0 must lie in [0, 1]"),
         ({"scoring.time_limit_seconds": "0"}, "scoring.time_limit_seconds=0.0 must be above 0"),

@@ -52,8 +52,8 @@ def check(c: Config) -> None:
     for key, beta in (("train.beta1", c.train.beta1), ("train.beta2", c.train.beta2)):
         if not 0 <= beta < 1:
             raise ConfigError(f"{key}={beta} must lie in [0, 1)")
-    if c.lora.alpha <= 0:
-        raise ConfigError(f"lora.alpha={c.lora.alpha} must be above 0")
+    if not 0 < c.lora.alpha < math.inf:
+        raise ConfigError(f"lora.alpha={c.lora.alpha} must be above 0 and finite")
     if not c.lora.target_modules:
         raise ConfigError("lora.target_modules is empty; name layers, or leave it at ['all-linear']")
     _check_loss(c)

@@ -39,10 +39,15 @@ def add_adapter(model: Any, rank: int, alpha: float, target_modules: Sequence[st
     names = ALL_LINEAR if list(target_modules) == [ALL_LINEAR] else list(target_modules)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM")
     try:
-        return get_peft_model(model, config).eval()
+        adapted = get_peft_model(model, config).eval()
     except ValueError as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(f"lora.target_modules={list(target_modules)}: {first_line}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"lora.target_modules={list(target_modules)}: {reason[:300]}") from error
+    layers = [name for name, module in adapted.named_modules() if _has_factors(module)]
+    for wanted in [] if names == ALL_LINEAR else names:  # peft is content with one that it finds
+        if not any(layer == wanted or layer.endswith(f".{wanted}") for layer in layers):
+            raise UserError(f"lora.target_modules={list(target_modules)}: the model has no layer {wanted!r}")
+    return adapted
 
 
 def has_adapter(model: Any) -> bool:
@@ -59,7 +64,9 @@ def adapter_state(model: Any) -> dict[str, Tensor]:
     """The adapter's tensors, by the names that peft and vLLM load them by, from ``ADAPTER_FILE``."""
     from peft import get_peft_model_state_dict
 
-    return {name: tensor.detach() for name, tensor in get_peft_model_state_dict(model).items()}
+    # Without it peft asks the hub, at each call, whether the vocabulary has grown.
+    found = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.detach() for name, tensor in found.items()}
 
 
 def write_adapter_config(model: Any, folder: Path) -> None:

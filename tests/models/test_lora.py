@@ -154,7 +154,12 @@ def test_saving_keeps_tied_weights_tied(tmp_path):
 
 @pytest.mark.parametrize(
     ("targets", "match"),
-    [(["no_such_layer"], r"lora.target_modules=\['no_such_layer'\]"), (["q_proj", "lm_head"], "Adapters on the head")],
+    [
+        (["no_such_layer"], r"lora.target_modules=\['no_such_layer'\]"),
+        (["q_proj", "v_prjo"], r"\['q_proj', 'v_prjo'\]: the model has no layer 'v_prjo'"),
+        (["mlp"], "is not supported"),
+        (["q_proj", "lm_head"], "Adapters on the head"),
+    ],
 )
 def test_layers_that_cannot_have_one(targets, match):
     with pytest.raises(UserError, match=match) as refusal:

@@ -9,8 +9,9 @@ import accuracy
 import pytest
 import torch
 
+import aapo_fast as af
 from aapo_fast.ops import dispatch
-from aapo_fast.ops.linear_policy import autograd, chunked, products, rows_torch, statistics
+from aapo_fast.ops.linear_policy import autograd, chunked, products, rows_native, rows_torch, statistics
 
 IMPLEMENTATIONS = [c.name for c in dispatch.survey(torch.device("cpu")) if c.available and c.name != "reference"]
 
@@ -65,6 +66,46 @@ def test_digits_of_small_gradients_are_seen_to_be_lost(monkeypatch):
 
     monkeypatch.setattr(chunked, "finish", lossy)
     assert digits_of_small_gradients("torch")[0] > 1e-4
+
+
+@pytest.mark.parametrize("raw", [60.0, 120.0, 300.0])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_slope_where_a_soft_cap_is_reached(implementation, raw):
+    """Of capped logits near the cap, fp32 does not say how steep the cap still is."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 8, generator=g), torch.randn(300, 8, generator=g)
+    targets = torch.randint(300, (6,), generator=g)
+    products = hidden.double() @ weight.double().t()
+    bias = torch.zeros(300).index_fill_(0, targets, raw)
+    x = (products + bias.double()).requires_grad_()
+    logits = 30 * torch.tanh(x / 30)
+    slope = torch.cosh(x.detach() / 30) ** -2  # autograd's own 1 - tanh^2 loses it in float64, too
+    p = logits.detach().softmax(1)
+    onehot = torch.zeros_like(p).scatter_(1, targets[:, None], 1.0)
+    others = p.masked_fill(onehot.bool(), 0.0).sum(1, keepdim=True)
+    truth = -torch.where(onehot.bool(), others, -p) * slope / 6
+    bias.requires_grad_()
+    out = af.linear_policy_loss(
+        hidden, weight, targets, af.SFT(6.0), bias=bias, softcap=30.0, implementation=implementation
+    )
+    out.loss.backward()
+    at_targets = targets.unique()
+    found, true = bias.grad[at_targets].double(), truth.sum(0)[at_targets]
+    assert ((found - true).abs() <= 1e-4 * true.abs()).all()  # what the rounding of raw products leaves
+
+
+@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name == "native"])
+def test_a_row_that_nothing_depends_on_spoils_nothing_in_sparse_mode(implementation, monkeypatch):
+    """In PyTorch a block with NaN is dense, and a product of a zero with NaN is NaN."""
+    monkeypatch.setattr(rows_native, "DENSE_SHARE", 10.0)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 8, generator=g), torch.randn(300, 8, generator=g).requires_grad_()
+    hidden[3] = torch.nan
+    hidden.requires_grad_()
+    targets = torch.randint(300, (6,), generator=g)
+    logps = af.linear_logprobs(hidden, weight, targets, implementation=implementation, backward="sparse").logps
+    logps[[0, 1, 2, 4, 5]].sum().backward()
+    assert weight.grad.isfinite().all() and (hidden.grad[3] == 0).all() and hidden.grad[0].norm() > 0
 
 
 # --- mutations -------------------------------------------------------------------------------------------------------

@@ -74,12 +74,12 @@ def test_sweeps_against_float64(level, vocab, offset, padding, transform, every)
     outside = products.new_tensor(0) if not padding else products._base[offset:].view(5, -1)[:, vocab:].clone()
     transform, wanted = TRANSFORMS[transform], coefficients(every=every)
     statistics, gradient = truth_of(products, targets, transform, wanted)
-    kernels = NativeRows(products)
+    kernels, raw = NativeRows(products), products.clone()
     found = finish(kernels.statistics(products, targets, transform))
     for ours, truth in zip((found.logps.where(targets >= 0, 0.0), *found[1:3]), statistics, strict=True):
         assert ours.dtype == torch.float32 and (ours - truth).abs().max() < 1e-6 * (1 + truth.abs().max())
     kernels.gradient(products, targets, found, wanted, transform, products)
-    ours = with_target(products, targets, found, wanted, transform)
+    ours = with_target(products, raw, targets, found, wanted, transform)
     assert relative(ours, gradient) < 1e-6 or gradient.norm() < 1e-9
     if padding:
         assert torch.equal(products._base[offset:].view(5, -1)[:, vocab:], outside)
@@ -123,7 +123,7 @@ def test_tokens_that_are_ruled_out_have_no_probability_and_no_gradient(level, ru
     assert relative(rows.entropy[1:], statistics[1][1:]) < 1e-6 and rows.entropy.isfinite().all()
     kernels.gradient(products, targets, rows, coefficients(), Transform(), products)
     assert (products[:, ::2] == 0).all() and products.isfinite().all()
-    ours = with_target(products, targets, rows, coefficients(), Transform())
+    ours = with_target(products, products, targets, rows, coefficients(), Transform())
     assert relative(ours[1:, 1::2], gradient[1:]) < 1e-6
 
 
@@ -138,7 +138,7 @@ def test_shifted_logits(level, shift):
     rows = finish(kernels.statistics(products, targets, transform))
     assert relative(rows.entropy, statistics[1]) < 1e-6
     kernels.gradient(products, targets, rows, coefficients(), transform, products)
-    assert relative(with_target(products, targets, rows, coefficients(), transform) * 0.7, gradient) < 1e-6
+    assert relative(with_target(products, products, targets, rows, coefficients(), transform) * 0.7, gradient) < 1e-6
 
 
 @pytest.mark.usefixtures("sparse_whatever_it_costs")
@@ -154,9 +154,9 @@ def test_shards_of_the_vocabulary(level):
     rows, found = finish(merge([k.partials for k in kernels])), []
     for k, (x, t) in zip(kernels, parts, strict=True):
         given = (x, t, rows, coefficients(), Transform(0.7))
-        found.append(with_target(dense(k.sparse_gradient(*given, 1e-20, torch.rand(5)), x.shape), t, *given[2:]))
+        found.append(with_target(dense(k.sparse_gradient(*given, 1e-20, torch.rand(5)), x.shape), x, t, *given[2:]))
         k.gradient(*given, x)
-        x.copy_(with_target(x, t, *given[2:]))
+        x.copy_(with_target(x, x, t, *given[2:]))
     assert relative(torch.cat(found, 1), gradient) < 1e-6 and relative(products, gradient) < 1e-6
 
 

@@ -273,7 +273,7 @@ def test_rows_that_nothing_depends_on_and_rows_of_nan():
     entries = gradient(x, targets, uniforms, 2**-6, wanted)
     assert entries.row.unique().tolist() == [0] and entries.value.isfinite().all()
     rows = finish(TritonRows(x).statistics(x, targets, PLAIN))
-    at_target = target_gradient(rows, wanted, PLAIN, targets >= 0)
+    at_target = target_gradient(rows, wanted, PLAIN, targets >= 0, x[:, 0])
     assert at_target.isnan().tolist() == [False, False, False, True] and (at_target[1:3] == 0).all()
 
 

@@ -47,6 +47,9 @@ GPU_GRADIENT_BYTES = 640 * 2**20
 """On a GPU: the (panel, V) fp32 logits and the (chunk, V) bf16 gradient rows. Each chunk reads and writes dW once, 5 GB
 at (151936, 4096); together they stay below 1 GiB. By arithmetic, not yet measured."""
 
+TARGET_BYTES = 16 * 2**20
+"""Size of each of the few fp64 (rows, H) buffers in which the targets' entries are spent."""
+
 FLUSH_ENTRIES = 4 * 2**20
 """Sparse entries that are gathered before they are spent on the accumulators."""
 
@@ -125,6 +128,7 @@ class Pass:
             zeros(weight.shape[:1]) if wanted[2] else None,
         )
         self._at_target = zeros(hidden.shape[0], dtype=torch.float64)
+        self._target_products = zeros(hidden.shape[0])
         self._uniforms = numbers if call.threshold is None else row_uniforms(call.seed, numbers)
         self._dense_blocks: list[slice] = []
         self._entries: list[tuple[slice, Entries]] = []
@@ -164,6 +168,7 @@ class Pass:
 
     def sweep(self, rows: slice, products: Tensor) -> RowStatistics:
         """Sweep 1 of a block."""
+        self._keep_target_products(rows, products)
         partials = self.kernels.statistics(products, self.targets[rows], self.transform.of(rows))
         return finish(partials if self.call.shard is None else self.call.shard.merged(partials))
 
@@ -175,6 +180,7 @@ class Pass:
     def sweep_and_spend(self, rows: slice, products: Tensor, gradient: Tensor, linear: LinearWeights) -> RowStatistics:
         """Both sweeps of a block in one launch, all but ``spend_target``."""
         assert isinstance(self.kernels, OneLaunch)
+        self._keep_target_products(rows, products)
         index = linear.sequence_index[self.numbers[rows]]
         transform = self.transform.of(rows)
         partials = self.kernels.both_sweeps(products, self.targets[rows], linear.weights, index, transform, gradient)
@@ -201,7 +207,13 @@ class Pass:
     def spend_target(self, rows: slice, stats: RowStatistics, wanted: Coefficients) -> None:
         """The entries of a block's gradient rows at their targets, which are kept for the end of the chunk."""
         held = self.targets[rows] >= 0
-        self._at_target[rows] = target_gradient(stats, wanted, self.transform.of(rows), held)
+        product = self._target_products[rows]
+        self._at_target[rows] = target_gradient(stats, wanted, self.transform.of(rows), held, product)
+
+    def _keep_target_products(self, rows: slice, products: Tensor) -> None:
+        if self.transform.softcap is not None:
+            column = self.targets[rows].clamp(min=0)[:, None]
+            self._target_products[rows] = products.gather(1, column).squeeze(1)
 
     def end_chunk(self, chunk: slice) -> None:
         """Spend the chunk's dense gradient rows, and those at the targets, on the accumulators."""
@@ -214,19 +226,20 @@ class Pass:
             if self.gradients.bias is not None:
                 self.gradients.bias[: self.call.vocab_size] += d.sum(0, dtype=self.dtype)
         self._dense_blocks = []
-        for start in range(chunk.start, chunk.stop, self.panel_rows):
-            self._add_targets(slice(start, min(start + self.panel_rows, chunk.stop)))
+        step = max(1, TARGET_BYTES // (8 * max(1, self.hidden.shape[1])))
+        for start in range(chunk.start, chunk.stop, step):
+            self._add_targets(slice(start, min(start + step, chunk.stop)))
         if sum(entries.value.numel() for _, entries in self._entries) > FLUSH_ENTRIES:
             self._flush()
 
     def _add_targets(self, rows: slice) -> None:
-        """After the products and rounded once: dW of a token that is somebody's target is mostly this."""
+        """After the dense products, rounded once: dW of a token that is somebody's target is mostly this."""
         value, target = self._at_target[rows, None], self.targets[rows].clamp(min=0)
         if self.gradients.hidden is not None:
             dx = self.gradients.hidden[rows]
-            dx.copy_(value * self.products.weight[target] + dx)
+            dx.copy_(_times(value, self.products.weight[target]) + dx)
         if self.gradients.weight is not None:
-            _add_rows(self.gradients.weight, target, value * self.hidden[rows])
+            _add_rows(self.gradients.weight, target, _times(value, self.hidden[rows]))
         if self.gradients.bias is not None:
             _add_rows(self.gradients.bias, target, value.squeeze(1))
 
@@ -260,6 +273,11 @@ def _aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) 
     """(rows, columns) whose rows start at multiples of 256 bytes on a GPU, for the vendor's fastest products."""
     unit = 256 // dtype.itemsize if device.type == "cuda" else 1
     return torch.empty(rows, -(-columns // unit) * unit, dtype=dtype, device=device)[:, :columns]
+
+
+def _times(value: Tensor, rows: Tensor) -> Tensor:
+    """(C, 1) fp64 times (C, H); zero where the value is, whatever the row holds."""
+    return (value * rows).masked_fill_(value == 0, 0.0)
 
 
 def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:

@@ -19,7 +19,8 @@ class TorchRows:
     """``RowKernels`` in plain PyTorch, for any device and fp32 or fp64.
 
     Sweep 1 leaves ``shifted`` (logits less the largest of them) in the block and their exponentials in ``_exps``; both
-    serve sweep 2 of the same block. The target's logit is replaced by ``LEFT_OUT``.
+    serve sweep 2 of the same block; under a soft-cap, so do the slopes in ``_slopes``. The target's logit is replaced by
+    ``LEFT_OUT``.
     """
 
     def __init__(self, chunk: Tensor) -> None:
@@ -29,8 +30,11 @@ class TorchRows:
         # Zeros beyond V stay zeros: the padding of the sparse sample's last tile.
         self._exps = chunk.new_zeros(self.block_rows, sparse.padded_width(vocab))
         self._row_max = chunk.new_empty(0)
+        self._slopes: Tensor | None = None
 
     def statistics(self, products: Tensor, targets: Tensor, transform: Transform) -> Partials:
+        if transform.softcap is not None:
+            self._slopes = _slopes(products, transform, self._slopes)
         z = _logits_(products, transform)
         held, column = targets >= 0, targets.clamp(min=0)[:, None]
         found = z.gather(1, column).squeeze(1)
@@ -52,9 +56,6 @@ class TorchRows:
     ) -> None:
         """d loss / d z_v = -a p_v - b p_v (log p_v + H) + c p_v but at the target, times the slope d z / d x."""
         shifted, exps = products, self._exps[: products.shape[0], : products.shape[1]]
-        slope = None
-        if transform.softcap is not None:
-            slope = _slope_(shifted + self._row_max[:, None], transform.column(), transform.softcap)
         steepness = transform.scale / transform.column()
         own, log_own = self._share(rows)
         share = steepness * own[:, None]
@@ -65,8 +66,8 @@ class TorchRows:
             # -b (log p_v + H) + (c - a), with log p_v + H = shifted_v + offset
             b, offset = wanted.entropy, rows.entropy + log_own
             d = shifted.mul_(-b[:, None]).add_((on_every - b * offset)[:, None]).mul_(exps).mul_(share)
-        if slope is not None:
-            d.mul_(slope)
+        if transform.softcap is not None and self._slopes is not None:
+            d.mul_(self._slopes[: d.shape[0]])
         if out.data_ptr() != d.data_ptr():
             out.copy_(d)
 
@@ -90,8 +91,8 @@ class TorchRows:
             factor = factor - wanted.entropy[row] * (products[row, column] + (rows.entropy + log_own)[row])
         temperature = transform.of(row).temperature
         value = sample.value * factor * (transform.scale / temperature)
-        if transform.softcap is not None:
-            value *= _slope_(products[row, column] + self._row_max[row], temperature, transform.softcap)
+        if transform.softcap is not None and self._slopes is not None:
+            value *= self._slopes[row, column]
         return Entries(row, column, value)
 
     def _share(self, rows: RowStatistics) -> tuple[Tensor, Tensor]:
@@ -125,6 +126,15 @@ def _logits_(x: Tensor, transform: Transform) -> Tensor:
     return x
 
 
-def _slope_(z: Tensor, temperature: float | Tensor, softcap: float) -> Tensor:
-    """What of d z / d x differs from entry to entry, ``1 - tanh^2``, from the logits z and in their place."""
-    return z.mul_(temperature / softcap).clamp_(min=-1.0).square_().neg_().add_(1.0)
+def _slopes(products: Tensor, transform: Transform, out: Tensor | None) -> Tensor:
+    """What of d z / d x differs from entry to entry, 1 - tanh^2, into the front of ``out``.
+
+    From the raw products, as 1 / cosh^2: of a logit at its cap fp32 does not say how steep the cap still is.
+    """
+    assert transform.softcap is not None
+    if out is None or len(out) < len(products):
+        out = torch.empty_like(products)
+    part = out[: len(products)]
+    torch.mul(products, transform.scale / transform.softcap, out=part)
+    part.cosh_().square_().reciprocal_()
+    return out

@@ -66,7 +66,6 @@ class RowStatistics(NamedTuple):
         logps, entropy, logsumexp: log-probability of the target, entropy in nats, log-sum-exp of the logits.
         row_max, total: as in ``Partials``, of all columns. Sweep 2 takes p_v = exp(z_v - row_max) / total from them:
             from the log-sum-exp it would inherit that number's rounding, which at logits of 1000 is 3e-5.
-        target: the target's logit.
         others: probability of all tokens but the target, with all its digits however small it is.
     """
 
@@ -75,7 +74,6 @@ class RowStatistics(NamedTuple):
     logsumexp: Tensor
     row_max: Tensor
     total: Tensor
-    target: Tensor
     others: Tensor
 
 
@@ -174,13 +172,17 @@ def finish(partials: Partials) -> RowStatistics:
         logsumexp=row_max + log_total,
         row_max=row_max,
         total=total,
-        target=target,
         others=rest / total,
     )
 
 
-def target_gradient(rows: RowStatistics, wanted: Coefficients, transform: Transform, held: Tensor) -> Tensor:
+def target_gradient(
+    rows: RowStatistics, wanted: Coefficients, transform: Transform, held: Tensor, product: Tensor
+) -> Tensor:
     """(C,) d loss / d the target's raw product, fp64; zero where this shard holds no target, ``held`` (C,) bool.
+
+    ``product`` (C,) is that raw product, needed under a soft-cap: where that is reached, the logit says no more of its
+    slope.
 
     a (1 - p) - b p (log p + H) + c p, times the slope d z / d x. In fp64 because this one entry is most of a gradient
     row: rounded, it would be most of its error.
@@ -199,8 +201,7 @@ def target_gradient(rows: RowStatistics, wanted: Coefficients, transform: Transf
     temperature = temperature.double() if isinstance(temperature, Tensor) else temperature
     d = d * (transform.scale / temperature)
     if transform.softcap is not None:
-        capped = rows.target * (temperature / transform.softcap)
-        d = d * ((1 - capped) * (1 + capped))
+        d = d / torch.cosh(product.double() * (transform.scale / transform.softcap)).square()  # 1 - tanh^2
     # A row that nothing depends on gives zeros, whatever is in it.
     return d.where(held & live, 0.0)
 

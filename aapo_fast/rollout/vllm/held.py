@@ -6,19 +6,15 @@ adapter        the base model stays, and is the reference; a sync adds the adapt
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from aapo_fast.models.lora import ADAPTER_FILE, adapter_state, write_adapter_config
+from aapo_fast.models.lora import adapter_state
 from aapo_fast.rollout.vllm.adapter import LocalLLM
-from aapo_fast.rollout.vllm.transport import SHARED_MEMORY
+from aapo_fast.rollout.vllm.transport import SHARED_MEMORY, AdapterTransport
 from aapo_fast.rollout.vllm.weights import frozen_copy, named_weights, size_bytes
-from aapo_fast.types import UserError, Weights
+from aapo_fast.types import Weights
 
 NOTHING = ("none", -1)
 
@@ -92,7 +88,7 @@ class AdapterOnly:
     def __init__(self, llm: LocalLLM, model: Any) -> None:
         self._llm, self._model = llm, model
         self._holds, self._asleep = -1, False
-        self._folder = Path(tempfile.mkdtemp(prefix="aapo-fast-adapter-", dir=SHARED_MEMORY))
+        self._files = AdapterTransport.within(SHARED_MEMORY, model)
 
     def keep_reference(self) -> None:
         """The base model is the reference."""
@@ -104,16 +100,10 @@ class AdapterOnly:
             self._asleep = False
         if weights == "reference" or self._holds == version:
             return -1
-        state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(self._model).items()}
-        target = self._folder / f"policy-{version}"
-        try:
-            target.mkdir(exist_ok=True)
-            save_file(state, target / ADAPTER_FILE)
-            write_adapter_config(self._model, target)
-        except OSError as error:
-            raise UserError(f"the adapter cannot be written to {target}: {error}") from error
-        self._llm.load_adapter(target, version)
-        shutil.rmtree(target)  # it is in the engine's memory now
+        state = adapter_state(self._model)
+        self._holds = -1  # until the load has succeeded
+        self._files.publish(f"policy-{version}", state.items())
+        self._llm.load_adapter(self._files.path(f"policy-{version}"), version)
         self._holds = version
         return size_bytes(state.items())
 
@@ -126,4 +116,4 @@ class AdapterOnly:
         return self._asleep
 
     def close(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._files.close()

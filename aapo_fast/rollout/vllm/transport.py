@@ -88,9 +88,13 @@ class FolderTransport:
                 "vllm.weights_folder"
             ) from error
 
+    def path(self, name: str) -> Path:
+        """The folder of what was published as ``name``."""
+        return self._folder / name
+
     def load(self, client: ServerClient, name: str) -> None:
         """Have a paused server read the weights published as ``name``."""
-        client.load_from_folder(str(self._folder / name))
+        client.load_from_folder(str(self.path(name)))
 
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -112,7 +116,7 @@ class AdapterTransport(FolderTransport):
         self._model = model
 
     def load(self, client: ServerClient, name: str) -> None:
-        client.load_adapter(self.NAME, str(self._folder / name))
+        client.load_adapter(self.NAME, str(self.path(name)))
 
     def _write(self, tensors: dict[str, Tensor], folder: Path) -> None:
         save_file(tensors, folder / ADAPTER_FILE)

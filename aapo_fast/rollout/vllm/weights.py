@@ -26,7 +26,8 @@ def named_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Weights
 def frozen_copy(model: nn.Module) -> list[tuple[str, Tensor]]:
     """The present weights, cloned on the CPU; tied tensors once."""
     copies: dict[int, Tensor] = {}
-    return [(name, copies.setdefault(t.data_ptr(), t.cpu().clone())) for name, t in named_weights(model)]
+    every = list(named_weights(model))  # all alive at once: merged ones are made for this, and no two share a memory
+    return [(name, copies.setdefault(t.data_ptr(), t.cpu().clone())) for name, t in every]
 
 
 def size_bytes(weights: Iterable[tuple[str, Tensor]]) -> int:
