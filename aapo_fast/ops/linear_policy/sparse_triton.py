@@ -3,7 +3,7 @@
 A row is walked twice, to count its entries and to emit them, in sections that do not wait for each other. Where the
 running sum of p / eps stands is kept in fixed point, int64 with ``_FRACTION`` bits below the one. Such sums are exact
 in any order: sections join, the two walks agree, the sum never runs backwards, and dust counts from 2^-40 of a step on.
-A tile is opened where its mass reaches eps (it may hold an entry that is kept exactly) or, to emit, where the sum steps.
+A tile is opened where its mass reaches eps (it may hold an entry that is kept exactly) or, to emit, where a step is.
 
 Letters: C rows of a block, V vocabulary, T tiles and S sections of a row, E entries, H hidden.
 """
