@@ -132,10 +132,9 @@ def read(path: Path) -> Checkpoint:
             found = _seal(path / name)
         except OSError as error:
             raise CheckpointError(f"{path}: {name} cannot be read: {error.strerror or error}") from error
-        for what, unit in (("bytes", "bytes"), ("sha256", "as SHA-256")):
-            if not isinstance(files[name], dict) or found[what] != files[name].get(what):
-                wanted = files[name].get(what) if isinstance(files[name], dict) else files[name]
-                raise CheckpointError(f"{path}: {name} was altered: {found[what]} {unit}, {wanted} when it was written")
+        wanted = files[name]
+        if found != wanted:
+            raise CheckpointError(f"{path}: {name} is not as {MANIFEST} has it: {found}, written as {wanted}")
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
     if _name(state["step"]) != path.name:
         raise CheckpointError(f"{path} is the checkpoint of step {state['step']}; its folder was renamed")
@@ -180,12 +179,11 @@ def _write_json(path: Path, content: Any) -> None:
 
 def _seal(path: Path) -> dict[str, Any]:
     """Size and digest of a file."""
-    digest, size = hashlib.sha256(), 0
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
-            size += len(piece)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
 def _flush(path: Path) -> None:
