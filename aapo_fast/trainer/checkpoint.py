@@ -79,7 +79,7 @@ def write(parent: Path, step: int, model: Mapping[str, Tensor], optimizer: Mappi
         parent: folder of the run's checkpoints; made if it is not there.
         step: counted from 1.
         model, optimizer: tensors by name, no two of them in the same memory.
-        state: what json can hold; NaN is kept.
+        state: what JSON can hold (NaN is kept); else it becomes text.
 
     Raises:
         OSError: the disk is full, say. Nothing is left behind.
@@ -100,6 +100,7 @@ def write(parent: Path, step: int, model: Mapping[str, Tensor], optimizer: Mappi
         _discard(target)
         scratch.rename(target)
         _flush(parent)
+        _flush(parent.parent)
     except SafetensorError as error:  # which hides the system's own error in its text
         shutil.rmtree(scratch, ignore_errors=True)
         raise OSError(str(error)) from error
@@ -148,14 +149,16 @@ def steps_written(parent: Path) -> Iterator[tuple[int, Path]]:
 
 
 def prune(parent: Path, step: int, keep: int) -> None:
-    """Leave the last ``keep`` checkpoints up to ``step``. What is of a later one was refused when the run was resumed
-    from an earlier, and what is unfinished is of a process that was killed.
-    """
+    """Leave the last ``keep`` checkpoints up to ``step``. Those of later ones were refused when the run was resumed."""
     written = list(steps_written(parent))
     kept = [path for number, path in written if number <= step][:keep]
     for _, path in written:
         if path not in kept:
             _discard(path)
+
+
+def clear_unfinished(parent: Path) -> None:
+    """Remove what a process that was killed has left."""
     for path in parent.glob(f"{SCRATCH}*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -174,7 +177,7 @@ def _discard(path: Path) -> None:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content), encoding="utf-8")
+    path.write_text(json.dumps(content, default=str), encoding="utf-8")
 
 
 def _seal(path: Path) -> dict[str, Any]:

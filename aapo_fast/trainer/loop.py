@@ -79,7 +79,7 @@ def _save(run: Run, totals: Totals) -> None:
 
 
 def _steps(run: Run, totals: Totals, rollouts: Rollouts, stop: threading.Event) -> Iterator[int]:
-    """Train, from the step after the last one done; stops after each for what is to be saved."""
+    """Train, from the step after the last one done; yields after each, for what is to be saved."""
     steps, every = run.config.train.steps, run.config.eval.every
     with run.display.progress("training") as update:
         for number in range(totals.steps + 1, steps + 1):

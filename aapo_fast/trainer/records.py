@@ -54,15 +54,22 @@ class RunFolder:
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for name in (CONFIG, METRICS, EVALUATIONS, SAMPLES, SUMMARY, CURVE):
-                (path / name).unlink(missing_ok=True)
+            # The config last: as long as anything is left of a run, it says of which.
+            for folder in (CHECKPOINTS, MODEL):
+                shutil.rmtree(path / folder, ignore_errors=True)
+            self._clear_unfinished()
             for events in path.glob("events.out.tfevents.*"):
                 events.unlink()
-            for folder in (MODEL, CHECKPOINTS):
-                shutil.rmtree(path / folder, ignore_errors=True)
+            for name in (METRICS, EVALUATIONS, SAMPLES, SUMMARY, CURVE, CONFIG):
+                (path / name).unlink(missing_ok=True)
             (path / METRICS).touch()
         except OSError as error:
             raise UserError(f"run.folder={str(path)!r} cannot be written: {error.strerror or error}") from error
+
+    def _clear_unfinished(self) -> None:
+        """Models that a process was writing when it was killed."""
+        for scratch in self.path.glob(f".{MODEL}-*"):
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
@@ -93,6 +100,7 @@ class RunFolder:
         """Back to the records that ``sizes`` spoke of, whole lines; returns the files that had fewer."""
         for name in (SUMMARY, CURVE):
             (self.path / name).unlink(missing_ok=True)
+        self._clear_unfinished()
         for name in (METRICS, EVALUATIONS, SAMPLES):
             path = self.path / name
             kept = (path.read_bytes() if path.exists() else b"")[: sizes.get(name, 0)]

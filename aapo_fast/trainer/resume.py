@@ -14,7 +14,7 @@ from typing import Any
 
 from aapo_fast.config import Config, ConfigError, flatten, parse
 from aapo_fast.data.tasks import Problems
-from aapo_fast.trainer.checkpoint import Checkpoint, CheckpointError, read, steps_written
+from aapo_fast.trainer.checkpoint import Checkpoint, CheckpointError, clear_unfinished, read, steps_written
 from aapo_fast.trainer.records import CHECKPOINTS, CONFIG, SUMMARY, holds_a_run
 from aapo_fast.types import UserError
 
@@ -46,7 +46,7 @@ def finished_summary(config: Config) -> dict[str, Any] | None:
         summary = json.loads((Path(config.run.folder) / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return summary if summary["status"] == "finished" else None
+    return summary if summary.get("status") == "finished" else None
 
 
 def find_checkpoint(config: Config, note: Callable[[str], None]) -> Checkpoint | None:
@@ -63,6 +63,7 @@ def find_checkpoint(config: Config, note: Callable[[str], None]) -> Checkpoint |
     if not config.run.resume:
         return None
     refused = []
+    clear_unfinished(folder / CHECKPOINTS)
     for step, path in steps_written(folder / CHECKPOINTS) if _is_the_same_run(config) else ():
         try:
             found = read(path)
@@ -89,13 +90,16 @@ def find_checkpoint(config: Config, note: Callable[[str], None]) -> Checkpoint |
 def identify(model: str, problems: Problems, rewards: str) -> dict[str, str]:
     """Digests of what the config only names, by the key that names it.
 
+    Of the problems' columns the answer alone counts: others may read differently in the next process (sets do).
+
     Args:
         model: of the first weights (``Policy.fingerprint``).
         rewards: of the reward functions (``Scorer.version``).
     """
     digest = hashlib.sha256()
     for problem in (*problems.train, *problems.held_out):
-        digest.update(json.dumps([problem.prompt, problem.prompt_ids, repr(dict(problem.columns))]).encode())
+        content = [problem.prompt, problem.prompt_ids, str(problem.columns.get("answer"))]
+        digest.update(json.dumps(content).encode())
     return {"model.path": model, "data.source": digest.hexdigest(), "rewards": rewards}
 
 
@@ -141,7 +145,12 @@ def _config(tree: dict[str, Any], path: Path) -> Config:
 def _changes(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ, with both."""
     old, new = flatten(before), flatten(now)
-    return {key: (old.get(key), new.get(key)) for key in old | new if old.get(key) != new.get(key)}
+    return {key: (old.get(key), new.get(key)) for key in old | new if _as_json(old.get(key)) != _as_json(new.get(key))}
+
+
+def _as_json(value: Any) -> str:
+    """As it is written down: TOML knows dates, JSON does not."""
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _decisive_changes(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:

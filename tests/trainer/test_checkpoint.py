@@ -169,7 +169,7 @@ def test_tensorboard_shows_each_step_once(tmp_path, tiny_model, monkeypatch):
 
 
 def test_reference_rewards_that_no_file_has_are_taken_along(tmp_path, crashed, monkeypatch, weights_alone):
-    """Those of problems of which one reward failed: they are not drawn again, where the failure might not come again."""
+    """Those of problems of which one reward failed: drawn again, it might not fail."""
     calls, real = [], HFEngine.generate
 
     def spy(self, prompts, **options):
@@ -312,7 +312,7 @@ def test_records_that_are_shorter_are_said_to_be(tmp_path, crashed):
 
 @pytest.mark.parametrize("limit_bytes", [10_000, 100_000, 300_000])
 def test_a_full_disk_does_not_end_the_run(tmp_path, tiny_model, monkeypatch, weights_alone, limit_bytes):
-    """The real thing: the system refuses to write on, in the middle of state, weights or moments."""
+    """The real thing: the system refuses to write on, in the middle of weights or moments."""
     tree, real = make_tree(tmp_path, tiny_model), checkpoint.write
     attempts = []
 
@@ -347,7 +347,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, tiny_model):
     assert "no checkpoint of step 3: " in notes.text and "; there is none" in notes.text
 
 
-@pytest.mark.parametrize("call", range(1, 8))
+@pytest.mark.parametrize("call", range(1, 9))
 def test_a_crash_while_writing_leaves_the_one_before(tmp_path, tiny_model, monkeypatch, weights_alone, call):
     """At each flush to the disk in turn: before files, between them, after the folder has its name."""
     tree, real = make_tree(tmp_path, tiny_model), checkpoint._flush
@@ -355,17 +355,17 @@ def test_a_crash_while_writing_leaves_the_one_before(tmp_path, tiny_model, monke
 
     def dies(path):
         calls.append(path)
-        if len(calls) == 6 + call:  # a checkpoint takes six
+        if len(calls) == 7 + call:  # a checkpoint takes seven
             raise KeyboardInterrupt
         real(path)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_flush", dies)
         patch.setattr(shutil, "rmtree", lambda *a, **k: None)  # a killed process tidies nothing
-        if call < 7:
+        if call < 8:
             with pytest.raises(KeyboardInterrupt):
                 run(tree)
-    if call == 7:  # the whole of the second is written
+    if call == 8:  # the whole of the second is written
         crash(tree, monkeypatch)
     _, said = run(tree, run={"resume": True})
     assert f"resuming after step {4 if call >= 6 else 2} of 6" in said and "not resumed" not in said
