@@ -73,3 +73,11 @@ def starts_a_process_and_hangs(completions, prompts, file, **columns):
     child = subprocess.Popen(["sleep", "3600"])
     Path(file[0]).write_text(str(child.pid))
     child.wait()
+
+
+def late_letters(completions, prompts, **columns):
+    """The share of letters of the alphabet's second half: something to learn in every step. A few have no reward."""
+    text = completions[0]
+    if text[:1] in ("v", "z"):
+        raise ValueError("not this one")
+    return [sum("n" <= c <= "z" for c in text) / max(1, len(text))]

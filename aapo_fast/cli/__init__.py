@@ -49,7 +49,8 @@ def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
     if arguments.command == "serve":
         return commands.serve(config.load(arguments.config, overrides), arguments.host, arguments.port)
     path = QUICKSTART if arguments.command == "quickstart" else arguments.config
-    settings = config.load(path, overrides)
+    resume = [("run.resume", "true")] if getattr(arguments, "resume", False) else []
+    settings = config.load(path, [*overrides, *resume])
     if arguments.command == "eval":
         return commands.evaluate(settings, arguments.output)
     return commands.train(settings, str(path), overrides)
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     train.add_argument("config", type=Path, metavar="CONFIG.toml", help="settings; what it leaves out has defaults")
+    _add_resume(train)
 
     evaluate = commands.add_parser(
         "eval",
@@ -123,13 +125,20 @@ def _parser() -> argparse.ArgumentParser:
 
     bench.add_parser(commands)
     commands.add_parser("doctor", help="what is installed, which implementation will run, and why not the others")
-    commands.add_parser(
+    quickstart = commands.add_parser(
         "quickstart",
         help="teach a small language model to add, on a CPU, in minutes",
         description="Teach SmolLM2-135M to add two numbers. Settings: aapo_fast/cli/quickstart.toml",
         epilog="Takes the options of train, for example --run.seed 1 or --train.steps 20.",
     )
+    _add_resume(quickstart)
     return parser
+
+
+def _add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in run.folder; begin where there is none"
+    )
 
 
 def _options_help() -> str:

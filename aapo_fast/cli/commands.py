@@ -60,6 +60,8 @@ def train(config: Config, config_path: str, overrides: Sequence[tuple[str, str]]
         display.note(f"trained model   {model}")
         display.note("")
         display.note("What to type next:")
+        if summary["status"] == "interrupted":
+            display.note(f"  aapo-fast train {_retyped(config_path, overrides)} --resume")
         display.note(f"  aapo-fast eval {_retyped(config_path, overrides, ('model.path', model))}")
         again = _retyped(config_path, overrides, ("run.folder", f"{folder}-2"), ("run.seed", "1"))
         display.note(f"  aapo-fast train {again} --rollout.group_size 16")
@@ -69,7 +71,7 @@ def train(config: Config, config_path: str, overrides: Sequence[tuple[str, str]]
 
 def _retyped(config_path: str, overrides: Sequence[tuple[str, str]], *changes: tuple[str, str]) -> str:
     """The arguments of this run, with some settings changed."""
-    settings = dict([*overrides, *changes])
+    settings = {key: value for key, value in [*overrides, *changes] if key != "run.resume"}
     return " ".join([shlex.quote(config_path), *(f"--{key} {shlex.quote(value)}" for key, value in settings.items())])
 
 

@@ -15,6 +15,7 @@ from aapo_fast.config.build import ConfigError, build, override, read_toml, type
 from aapo_fast.config.checks import check
 from aapo_fast.config.layers import (
     AdvantageConfig,
+    CheckpointConfig,
     Config,
     DataConfig,
     EvalConfig,
@@ -45,8 +46,10 @@ __all__ = [
     "AdvantageConfig",
     "TrainConfig",
     "EvalConfig",
+    "CheckpointConfig",
     "Config",
     "describe",
+    "flatten",
     "load",
     "parse",
     "to_dict",
@@ -82,6 +85,15 @@ def describe() -> Iterator[tuple[str, str, str, str]]:
         for f in dataclasses.fields(cls):
             key = f"{layer.name}.0.{f.name}" if many else f"{layer.name}.{f.name}"
             yield key, type_name(hints[f.name]), repr(getattr(defaults, f.name)), f.metadata["help"]
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every value by its dotted key; the entries of [[rewards]] are counted from 0."""
+    flat: dict[str, Any] = {}
+    for layer, values in to_dict(config).items():
+        for index, entry in enumerate(values) if isinstance(values, list) else [("", values)]:
+            flat |= {f"{layer}.{index}.{k}" if index != "" else f"{layer}.{k}": v for k, v in entry.items()}
+    return flat
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -39,6 +39,8 @@ def check(c: Config) -> None:
         "train.max_nonfinite_steps": (c.train.max_nonfinite_steps, 1),
         "eval.every": (c.eval.every, 0),
         "eval.samples": (c.eval.samples, 0),
+        "checkpoint.every": (c.checkpoint.every, 0),
+        "checkpoint.keep": (c.checkpoint.keep, 1),
     }
     for key, (value, least) in at_least.items():
         if value < least:

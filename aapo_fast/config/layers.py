@@ -20,6 +20,7 @@ class RunConfig:
     folder: str = option("runs/aapo", "folder for metrics, completions, curve and model")
     seed: int = option(0, "decides data order, rollouts and reference samples")
     overwrite: bool = option(False, "replace the results of an earlier run in the same folder")
+    resume: bool = option(False, "go on from the last checkpoint in the folder, if there is one (also: --resume)")
     tensorboard: bool = option(False, "write TensorBoard events too (needs the tensorboard package)")
     samples_kept: int = option(8, "completions written to samples.jsonl each step")
 
@@ -184,6 +185,14 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """[checkpoint] what a run that was killed goes on from."""
+
+    every: int = option(50, "steps between checkpoints; 0: only when the run is interrupted (Ctrl-C, SIGTERM)")
+    keep: int = option(2, "checkpoints kept, each of three times the model's size")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that decides a run."""
 
@@ -200,3 +209,4 @@ class Config:
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -37,6 +37,9 @@ class ReferenceCache:
         samples: K.
         seed: the run's seed.
 
+    Attributes:
+        this_run_only: by key, the rewards of problems of which one failed. A run that is resumed takes them with it.
+
     Raises:
         UserError: the file is not such a cache, or cannot be written.
     """
@@ -47,7 +50,7 @@ class ReferenceCache:
         self.samples = samples
         self._path = path
         # A failed reward may have been a busy machine or a bug since mended: not for the next run.
-        self._this_run_only: dict[str, list[float]] = {}
+        self.this_run_only: dict[str, list[float]] = {}
         self._seed = seed
         self._common = json.dumps([model, reward_version, asdict(sampling), samples, seed])
         try:
@@ -95,13 +98,13 @@ class ReferenceCache:
             if len(rewards) != self.samples:
                 raise ValueError(f"{len(rewards)} reference rewards for {problem.row}, want {self.samples}")
             if any(math.isnan(r) for r in rewards):
-                self._this_run_only[self._key(problem)] = rewards
+                self.this_run_only[self._key(problem)] = rewards
             else:
                 self._execute("INSERT OR REPLACE INTO rewards VALUES (?, ?)", self._key(problem), json.dumps(rewards))
 
     def _get(self, key: str) -> list[float] | None:
-        if key in self._this_run_only:
-            return self._this_run_only[key]
+        if key in self.this_run_only:
+            return self.this_run_only[key]
         row = self._execute("SELECT rewards FROM rewards WHERE key = ?", key).fetchone()
         return None if row is None else json.loads(row[0])
 

@@ -49,5 +49,17 @@ class Rollouts:
         if self._next is not None:
             wait([self._next])
 
+    def drawn(self) -> list[Group] | None:
+        """Those of the next step, where they were drawn ahead; ``take`` still has them. None if that failed, too: it is
+        ``take`` that says so.
+        """
+        done = self._next is not None and self._next.done() and self._next.exception() is None
+        return self._next.result() if self._next is not None and done else None
+
+    def put_back(self, groups: list[Group]) -> None:
+        """As if they had just been drawn ahead."""
+        self._next = Future()
+        self._next.set_result(groups)
+
     def _draw(self, number: int) -> list[Group]:
         return rollout(self._run, self._run.schedule[number - 1], number)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,10 +19,13 @@ from aapo_fast.trainer.ahead import Rollouts
 from aapo_fast.trainer.curve import plot_run
 from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.engine import max_logprob_gap
+from aapo_fast.trainer.evaluate import Evaluation
 from aapo_fast.trainer.records import MODEL, SUMMARY, Clock
 from aapo_fast.trainer.report import Step, Totals, evaluate_held_out, report_step, summarise
+from aapo_fast.trainer.resume import finished_summary
 from aapo_fast.trainer.sampling import before_the_first_step, reference_rewards, score, verify_engine
 from aapo_fast.trainer.setup import Run, prepare, rollout_seed
+from aapo_fast.trainer.state import restore, save
 from aapo_fast.trainer.step import learning_rate, optimizer_step
 from aapo_fast.types import UserError
 
@@ -38,19 +40,29 @@ def train(config: Config, display: Display | None = None) -> dict[str, Any]:
         UserError: bad input, too many failing rewards, too many non-finite steps in a row. What was measured until
             then is in the run's folder, and the model as it then was is saved.
     """
-    display = display or Display()
-    start = time.perf_counter()
+    display, totals = display or Display(), Totals()
+    finished = finished_summary(config)
+    if finished is not None:
+        display.note(f"{config.run.folder} holds the finished run: {finished['steps']} steps, nothing left to resume")
+        return finished
     with prepare(config, display) as run, _stop_on_interrupt(display) as stop:
-        totals = Totals(reference_seconds=before_the_first_step(run, stop))
-        before = None if stop.is_set() else evaluate_held_out(run, step=0)
+        rollouts = Rollouts(run)
+        # Of a run that is resumed, too: the policy is not what it was then before its checkpoint is loaded.
+        reference_seconds = before_the_first_step(run, stop)
+        if run.resumed is not None:
+            before = restore(run, run.resumed, totals, rollouts)
+        else:
+            before = None if stop.is_set() else evaluate_held_out(run, step=0)
+        totals.reference_seconds += reference_seconds
         try:
-            _steps(run, totals, stop)
+            for _ in _steps(run, totals, rollouts, stop):
+                _save_checkpoint(run, totals, rollouts, before, stop)
         except Exception:  # whatever it was, the weights so far are worth keeping
             _save(run, totals)
             raise
         _save(run, totals)
         after = None if stop.is_set() else evaluate_held_out(run, step=totals.steps)
-        summary = summarise(run, before, after, totals, time.perf_counter() - start)
+        summary = summarise(run, before, after, totals)
         run.folder.write(SUMMARY, summary)
         if totals.steps:
             plot_run(run.folder.path)
@@ -66,17 +78,28 @@ def _save(run: Run, totals: Totals) -> None:
         save_model(run.policy.model, run.policy.tokenizer, run.folder.path / MODEL)
 
 
-def _steps(run: Run, totals: Totals, stop: threading.Event) -> None:
+def _steps(run: Run, totals: Totals, rollouts: Rollouts, stop: threading.Event) -> Iterator[int]:
+    """Train, from the step after the last one done; yields after each, for what is to be saved."""
     steps, every = run.config.train.steps, run.config.eval.every
-    rollouts = Rollouts(run)
     with run.display.progress("training") as update:
-        for number in range(1, steps + 1):
+        for number in range(totals.steps + 1, steps + 1):
             if stop.is_set():
                 return
+            # Of the step before: a checkpoint is written first, and a run that resumes from it evaluates then.
+            if every and number > 1 and (number - 1) % every == 0:
+                evaluate_held_out(run, number - 1)
             train_step(run, number, totals, rollouts)
             update(number, steps)
-            if every and number % every == 0 and number < steps:
-                evaluate_held_out(run, number)
+            yield number
+
+
+def _save_checkpoint(
+    run: Run, totals: Totals, rollouts: Rollouts, before: Evaluation | None, stop: threading.Event
+) -> None:
+    every = run.config.checkpoint.every
+    due = every > 0 and totals.steps % every == 0
+    if (due or stop.is_set()) and save(run, totals, rollouts, before) and stop.is_set():
+        run.display.note(f"a checkpoint of step {totals.steps} is saved: --resume goes on from it")
 
 
 def train_step(run: Run, number: int, totals: Totals, rollouts: Rollouts) -> None:

@@ -21,7 +21,7 @@ CONFIG, METRICS, EVALUATIONS, SAMPLES, SUMMARY = (
     "samples.jsonl",
     "summary.json",
 )
-CURVE, MODEL = "curve.png", "model"
+CURVE, MODEL, CHECKPOINTS = "curve.png", "model", "checkpoints"
 
 
 class RunFolder:
@@ -31,28 +31,45 @@ class RunFolder:
         path: the folder; made if it is not there.
         overwrite: replace an earlier run's files.
         tensorboard: write metrics as TensorBoard events too.
+        resumed_step: of the checkpoint that the run goes on from: then everything stays, until ``cut``.
 
     Raises:
         UserError: an earlier run is there and may not be replaced; the folder cannot be written; no tensorboard.
     """
 
-    def __init__(self, path: Path, overwrite: bool = False, tensorboard: bool = False) -> None:
+    def __init__(
+        self, path: Path, overwrite: bool = False, tensorboard: bool = False, resumed_step: int | None = None
+    ) -> None:
         self.path = path
-        if (path / METRICS).exists() and (path / METRICS).stat().st_size and not overwrite:
+        if resumed_step is None:
+            self._clear(overwrite)
+        self._board: Any = _summary_writer(path, resumed_step) if tensorboard else None
+
+    def _clear(self, overwrite: bool) -> None:
+        path = self.path
+        if holds_a_run(path) and not overwrite:
             raise UserError(
                 f"run.folder={str(path)!r} holds an earlier run; name another, or replace it with --run.overwrite true"
+                "; --resume goes on with it"
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for name in (CONFIG, METRICS, EVALUATIONS, SAMPLES, SUMMARY, CURVE):
-                (path / name).unlink(missing_ok=True)
+            # The config last: as long as anything is left of a run, it says of which.
+            for folder in (CHECKPOINTS, MODEL):
+                shutil.rmtree(path / folder, ignore_errors=True)
+            self._clear_unfinished()
             for events in path.glob("events.out.tfevents.*"):
                 events.unlink()
-            shutil.rmtree(path / MODEL, ignore_errors=True)
+            for name in (METRICS, EVALUATIONS, SAMPLES, SUMMARY, CURVE, CONFIG):
+                (path / name).unlink(missing_ok=True)
             (path / METRICS).touch()
         except OSError as error:
             raise UserError(f"run.folder={str(path)!r} cannot be written: {error.strerror or error}") from error
-        self._board: Any = _summary_writer(path) if tensorboard else None
+
+    def _clear_unfinished(self) -> None:
+        """Models that a process was writing when it was killed."""
+        for scratch in self.path.glob(f".{MODEL}-*"):
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
@@ -68,6 +85,35 @@ class RunFolder:
             for key, value in flatten(line).items():
                 if isinstance(value, (int, float)) and key != "step":
                     self._board.add_scalar(f"{Path(name).stem}/{key}", value, line["step"])
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file of records so far; they are on the disk when this returns."""
+        sizes = {}
+        for name in (METRICS, EVALUATIONS, SAMPLES):
+            if (self.path / name).exists():
+                with (self.path / name).open("rb") as file:
+                    os.fsync(file.fileno())
+                    sizes[name] = file.seek(0, os.SEEK_END)
+        return sizes
+
+    def cut(self, sizes: Mapping[str, int]) -> list[str]:
+        """Back to the records that ``sizes`` spoke of, whole lines; returns the files that had fewer."""
+        for name in (SUMMARY, CURVE):
+            (self.path / name).unlink(missing_ok=True)
+        self._clear_unfinished()
+        for name in (METRICS, EVALUATIONS, SAMPLES):
+            path = self.path / name
+            kept = (path.read_bytes() if path.exists() else b"")[: sizes.get(name, 0)]
+            scratch = self.path / f".{name}"
+            scratch.write_bytes(kept[: kept.rfind(b"\n") + 1])
+            os.replace(scratch, path)
+        return [name for name, size in sizes.items() if (self.path / name).stat().st_size < size]
+
+
+def holds_a_run(path: Path) -> bool:
+    """Whether a run has left steps or checkpoints in a folder."""
+    metrics = path / METRICS
+    return (metrics.exists() and metrics.stat().st_size > 0) or any((path / CHECKPOINTS).glob("step-*"))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -115,9 +161,10 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _summary_writer(path: Path) -> Any:
+def _summary_writer(path: Path, last_step: int | None) -> Any:
+    """``last_step``: events of later ones, of a run that was killed, are not shown."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("run.tensorboard=true needs the package tensorboard: pip install tensorboard") from error
-    return SummaryWriter(str(path))
+    return SummaryWriter(str(path), purge_step=None if last_step is None else last_step + 1)

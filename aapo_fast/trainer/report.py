@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -89,7 +89,15 @@ def evaluate_held_out(run: Run, step: int) -> Evaluation | None:
 
 @dataclass
 class Totals:
-    """What has happened so far."""
+    """What has happened so far.
+
+    Attributes:
+        steps, updates: done; an update is a step that moved the weights.
+        step_seconds, reference_seconds: spent on steps, and on reference rewards before the first.
+        nonfinite_steps, nonfinite_in_a_row: that were skipped.
+        earlier_seconds: of the processes that this one resumes.
+        started: this process's clock at its start.
+    """
 
     steps: int = 0
     updates: int = 0
@@ -97,15 +105,21 @@ class Totals:
     reference_seconds: float = 0.0
     nonfinite_steps: int = 0
     nonfinite_in_a_row: int = 0
+    earlier_seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def wall_seconds(self) -> float:
+        """Of the run so far, in however many processes."""
+        return self.earlier_seconds + time.perf_counter() - self.started
 
 
-def summarise(
-    run: Run, before: Evaluation | None, after: Evaluation | None, totals: Totals, wall_seconds: float
-) -> dict[str, Any]:
+def summarise(run: Run, before: Evaluation | None, after: Evaluation | None, totals: Totals) -> dict[str, Any]:
     """The content of summary.json."""
     steps = totals.steps
+    evaluated = after is not None or not run.problems.held_out  # not where the last step was interrupted
     return {
-        "status": "finished" if steps == run.config.train.steps else "interrupted",
+        "status": "finished" if steps == run.config.train.steps and evaluated else "interrupted",
         "accuracy_before": before.greedy if before else None,
         "accuracy_after": after.greedy if after else None,
         "sampled_accuracy_before": before.sampled if before else None,
@@ -113,7 +127,7 @@ def summarise(
         "held_out_problems": len(run.problems.held_out),
         "steps": steps,
         "nonfinite_steps": totals.nonfinite_steps,
-        "wall_seconds": wall_seconds,
+        "wall_seconds": totals.wall_seconds,
         # Reference rewards are part of what a step costs, also when they were drawn ahead of the first one.
         "seconds_per_step": (totals.step_seconds + totals.reference_seconds) / steps if steps else None,
         "reference_seconds": totals.reference_seconds,

@@ -15,17 +15,25 @@ from aapo_fast.data.tasks import Problems, load_problems, order
 from aapo_fast.models.load import cache_folder
 from aapo_fast.rewards.scorer import Scorer
 from aapo_fast.rollout.reference import ReferenceCache
+from aapo_fast.trainer.checkpoint import Checkpoint
 from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.engine import engine_version, make_engine
 from aapo_fast.trainer.policy import Policy
 from aapo_fast.trainer.records import CONFIG, RunFolder
+from aapo_fast.trainer.resume import check_identity, find_checkpoint, identify
 from aapo_fast.trainer.step import make_optimizer
 from aapo_fast.types import Problem, RolloutEngine, SamplingParams
 
 
 @dataclass
 class Run:
-    """The parts of a run; ``schedule`` holds the problems of each step."""
+    """The parts of a run.
+
+    Attributes:
+        schedule: the problems of each step.
+        identity: digests of what the config only names (``trainer.resume``).
+        resumed: the checkpoint that it goes on from, or None.
+    """
 
     config: Config
     display: Display
@@ -38,6 +46,8 @@ class Run:
     sampling: SamplingParams
     optimizer: torch.optim.Optimizer
     cache: ReferenceCache | None
+    identity: dict[str, str]
+    resumed: Checkpoint | None
 
 
 @contextmanager
@@ -49,7 +59,13 @@ def prepare(config: Config, display: Display) -> Iterator[Run]:
     """
     torch.manual_seed(config.run.seed)
     with ExitStack() as stack:
-        folder = RunFolder(Path(config.run.folder), config.run.overwrite, config.run.tensorboard)
+        resumed = find_checkpoint(config, display.note)
+        folder = RunFolder(
+            Path(config.run.folder),
+            overwrite=config.run.overwrite or config.run.resume,
+            tensorboard=config.run.tensorboard,
+            resumed_step=resumed.step if resumed else None,
+        )
         folder.write(CONFIG, to_dict(config))
         scorer = stack.enter_context(Scorer(config.rewards, config.scoring))  # starts while the model loads
         display.note(f"loading {config.model.path}")
@@ -65,10 +81,14 @@ def prepare(config: Config, display: Display) -> Iterator[Run]:
         problems = load_problems(config.data, policy.tokenizer, config.run.seed)
         with display.progress("checking answers") as progress:
             scorer.check([*problems.held_out, *problems.train], progress)
+        identity = identify(policy.fingerprint(), problems, scorer.version())
+        if resumed is not None:
+            check_identity(resumed, identity)
         sampling = sampling_params(config)
-        cache = open_cache(config, policy, scorer, sampling) if config.reference.mode == "cached" else None
+        cache = open_cache(config, policy, identity, sampling) if config.reference.mode == "cached" else None
         if cache is not None:
             stack.callback(cache.close)
+            cache.this_run_only |= resumed.state["reference"] if resumed else {}
         engine = make_engine(config, policy, folder.path, display)
         stack.callback(engine.close)
         yield Run(
@@ -83,6 +103,8 @@ def prepare(config: Config, display: Display) -> Iterator[Run]:
             sampling=sampling,
             optimizer=make_optimizer(policy, config.train),
             cache=cache,
+            identity=identity,
+            resumed=resumed,
         )
 
 
@@ -101,12 +123,12 @@ def make_schedule(config: Config, train: list[Problem]) -> list[list[Problem]]:
     return [[train[i] for i in drawn[s * width : (s + 1) * width]] for s in range(config.train.steps)]
 
 
-def open_cache(config: Config, policy: Policy, scorer: Scorer, sampling: SamplingParams) -> ReferenceCache:
+def open_cache(config: Config, policy: Policy, identity: dict[str, str], sampling: SamplingParams) -> ReferenceCache:
     """The reference cache of this model, sampling, seed and rewards."""
     return ReferenceCache(
         Path(config.reference.cache) if config.reference.cache else cache_folder() / "reference.sqlite",
-        model=policy.fingerprint() + engine_version(config, policy.device),
-        reward_version=scorer.version(),
+        model=identity["model.path"] + engine_version(config, policy.device),
+        reward_version=identity["rewards"],
         sampling=sampling,
         samples=config.reference.samples,
         seed=config.run.seed,

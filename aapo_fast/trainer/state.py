@@ -1,0 +1,163 @@
+"""What a checkpoint holds of a run, and how a run takes it up again.
+
+Saved between two steps, when nothing is being drawn: weights, optimizer, totals, random states, completions drawn
+ahead, reference rewards that no file has, the first evaluation, and how long the records then were. Not saved, because
+the config decides them: the order of the data, the seed of every completion, the learning rate of each step.
+"""
+
+from __future__ import annotations
+
+import random
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aapo_fast.config import to_dict
+from aapo_fast.models.lora import has_adapter
+from aapo_fast.trainer import checkpoint
+from aapo_fast.trainer.ahead import Rollouts
+from aapo_fast.trainer.checkpoint import Checkpoint, CheckpointError
+from aapo_fast.trainer.evaluate import Evaluation
+from aapo_fast.trainer.records import CHECKPOINTS
+from aapo_fast.trainer.report import Totals
+from aapo_fast.trainer.sampling import verify_engine
+from aapo_fast.trainer.setup import Run
+from aapo_fast.types import Group, Sample
+
+
+def save(run: Run, totals: Totals, rollouts: Rollouts, before: Evaluation | None) -> bool:
+    """Write a checkpoint of what the last step has left, and forget the oldest. A disk that is full does not end the
+    run: it says so, and the last good one stays. Whether it was written.
+    """
+    parent = run.folder.path / CHECKPOINTS
+    drawn = rollouts.drawn()
+    try:
+        state = {
+            "config": to_dict(run.config),
+            "identity": run.identity,
+            "totals": {**asdict(totals), "earlier_seconds": totals.wall_seconds},
+            "random": _random_states(),
+            "rollouts": None if drawn is None else [[asdict(s) for s in group.samples] for group in drawn],
+            "reference": {} if run.cache is None else run.cache.this_run_only,
+            "before": None if before is None else asdict(before),
+            "records": run.folder.sizes(),
+        }
+        checkpoint.write(parent, totals.steps, _weights(run), _moments(run), state)
+    except OSError as error:
+        last = next((f"the last is of step {step}" for step, _ in checkpoint.steps_written(parent)), "there is none")
+        run.display.note(f"no checkpoint of step {totals.steps}: {error.strerror or error}; {last}")
+        return False
+    with suppress(OSError):  # more are kept than were asked for
+        checkpoint.prune(parent, totals.steps, run.config.checkpoint.keep)
+    return True
+
+
+def restore(run: Run, found: Checkpoint, totals: Totals, rollouts: Rollouts) -> Evaluation | None:
+    """Make the run what it was when ``found`` was written. The engine has the initial model until here, and so its copy
+    of the reference is the initial one. Returns the evaluation before the first step.
+
+    Raises:
+        CheckpointError: it is not of this model.
+        UserError: the engine did not take the weights.
+    """
+    state = found.state
+    _load_tensors(run, found)
+    for name, value in state["totals"].items():
+        if name != "started":  # another process's clock
+            setattr(totals, name, value)
+    if totals.updates:
+        run.engine.sync_weights(totals.updates)
+        verify_engine(run, run.schedule[totals.steps - 1], totals.steps)
+    if state["rollouts"] is not None:
+        problems = run.schedule[totals.steps]
+        problems = problems * (len(state["rollouts"]) // len(problems))  # an online reference's come after the policy's
+        drawn = [[_sample(s) for s in samples] for samples in state["rollouts"]]
+        rollouts.put_back([Group(p, samples) for p, samples in zip(problems, drawn, strict=True)])
+    for name in run.folder.cut(state["records"]):
+        run.display.note(f"{run.folder.path / name} is shorter than it was at the checkpoint; it goes on with a gap")
+    _set_random_states(state["random"])
+    before = state["before"]
+    return None if before is None else Evaluation(**before | {"samples": [_sample(s) for s in before["samples"]]})
+
+
+# --- tensors --------------------------------------------------------------------------------------------------------
+
+
+def _weights(run: Run) -> dict[str, Tensor]:
+    """Parameters and buffers, each once under its first name; where an adapter is trained, the adapter alone."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in run.policy.model.state_dict(keep_vars=True).items():
+        if tensor.requires_grad or not has_adapter(run.policy.model):
+            found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
+
+
+def _names(run: Run) -> list[str]:
+    """Of the optimizer's parameters, in its order."""
+    names = {id(parameter): name for name, parameter in run.policy.model.named_parameters()}
+    return [names[id(p)] for group in run.optimizer.param_groups for p in group["params"]]
+
+
+def _moments(run: Run) -> dict[str, Tensor]:
+    """``optimizer.NAME.KEY``; of parameters without a gradient so far there are none."""
+    names, state = _names(run), run.optimizer.state_dict()["state"]
+    return {f"optimizer.{names[i]}.{key}": tensor for i in state for key, tensor in state[i].items()}
+
+
+def _load_tensors(run: Run, found: Checkpoint) -> None:
+    weights = _weights(run)
+    if found.shapes(checkpoint.MODEL) != {name: tuple(t.shape) for name, t in weights.items()}:
+        raise CheckpointError(f"{found.path} holds another model: names or shapes of its weights differ")
+    parameters = dict(run.policy.model.named_parameters())
+    indices = {name: index for index, name in enumerate(_names(run))}
+    state: dict[int, dict[str, Tensor]] = {}
+    moments: dict[str, Tensor] = {}
+    for full, shape in found.shapes(checkpoint.OPTIMIZER).items():
+        name, _, key = full.removeprefix("optimizer.").rpartition(".")
+        moments[full] = torch.empty(shape, dtype=torch.float32, device=parameters[name].device)
+        state.setdefault(indices[name], {})[key] = moments[full]
+    found.load(weights | moments)
+    run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": state})
+
+
+# --- what JSON holds ------------------------------------------------------------------------------------------------
+
+
+def _sample(fields: dict[str, Any]) -> Sample:
+    tuples = {key: tuple(fields[key]) for key in ("prompt_ids", "token_ids", "logprobs")}
+    return Sample(**{**fields, **tuples})
+
+
+def _random_states() -> dict[str, Any]:
+    """Nothing here draws from the global generators; a model's or a library's code may."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))
+    numpy["state"] = {"key": numpy["state"]["key"].tolist(), "pos": int(numpy["state"]["pos"])}
+    return {
+        "torch": _hex(torch.get_rng_state()),
+        "cuda": [_hex(state) for state in cuda],
+        "python": random.getstate(),
+        "numpy": numpy,
+    }
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(_bytes(states["torch"]))
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([_bytes(state) for state in states["cuda"]])
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy = states["numpy"]
+    np.random.set_state(numpy | {"state": numpy["state"] | {"key": np.array(numpy["state"]["key"], dtype=np.uint32)}})
+
+
+def _hex(state: Tensor) -> str:
+    return state.numpy().tobytes().hex()
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

@@ -1,0 +1,125 @@
+"""Runs in processes of their own, to be killed: one Python imports everything, and forks for each.
+
+The tests' side is ``Forks``; this file is what it starts.
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+
+class Forks:
+    """Starts training runs, one at a time."""
+
+    def __init__(self, folder):
+        self._folder, self._count = folder, 0
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+        self._python = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        assert self._python.stdout.readline() == "ready\n"
+
+    def start(self, tree, ahead=False):
+        """A run of the config ``tree``; ``ahead``: on an engine that can draw while the policy trains."""
+        self._count += 1
+        log = self._folder / f"log-{self._count}"
+        log.touch()
+        self._python.stdin.write(json.dumps({"tree": tree, "ahead": ahead, "log": str(log)}) + "\n")
+        self._python.stdin.flush()
+        return Fork(int(self._python.stdout.readline()), log, self._python.stdout)
+
+    def run(self, tree, ahead=False):
+        """To its end; its exit code and output."""
+        fork = self.start(tree, ahead)
+        return fork.wait(), fork.output
+
+    def close(self):
+        self._python.stdin.close()
+        self._python.wait()
+
+
+class Fork:
+    """One run."""
+
+    def __init__(self, pid, log, results):
+        self.pid, self._log, self._results = pid, log, results
+
+    @property
+    def output(self):
+        return self._log.read_text()
+
+    def until(self, condition, seconds=60.0):
+        """Wait until ``condition()``, or until the run has ended; whether it is still there."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if not Path(f"/proc/{self.pid}/fd/1").exists():  # ended, perhaps not yet waited for
+                return False
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.0005)
+        return True
+
+    def kill(self, number):
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            os.kill(self.pid, number)
+
+    def wait(self):
+        """Its exit code; that of a signal is negative."""
+        return int(self._results.readline())
+
+
+def main():
+    from aapo_fast.trainer import state  # noqa: F401  (all that a run needs, before there is anything to wait for)
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            train(order)
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+def train(order):
+    from aapo_fast import config
+    from aapo_fast.cli import commands
+    from aapo_fast.trainer import setup
+    from aapo_fast.types import UserError
+
+    for number, name in ((0, os.devnull), (1, order["log"]), (2, order["log"])):
+        os.dup2(os.open(name, os.O_RDWR | os.O_APPEND), number)
+    code = 1
+    try:
+        if order["ahead"]:
+            setup.make_engine = snapshot_engine
+        code = commands.train(config.parse(order["tree"]), "CONFIG.toml")
+    except UserError as error:
+        print(error)
+        code = 2
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def snapshot_engine(config, policy, folder, display):
+    """An engine with weights of its own, as a server has them: it may draw while the policy trains."""
+    from aapo_fast.rollout.hf import HFEngine
+
+    class SnapshotEngine(HFEngine):
+        def sync_weights(self, version):
+            super().sync_weights(version)
+            self.model.load_state_dict(policy.model.state_dict())
+
+    return SnapshotEngine(copy.deepcopy(policy.model), policy.tokenizer, config.rollout.max_batch_size)
+
+
+if __name__ == "__main__":
+    main()
