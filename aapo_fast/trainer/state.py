@@ -73,10 +73,11 @@ def restore(run: Run, found: Checkpoint, totals: Totals, rollouts: Rollouts) -> 
         run.engine.sync_weights(totals.updates)
         verify_engine(run, run.schedule[totals.steps - 1], totals.steps)
     if state["rollouts"] is not None:
-        problems = run.schedule[totals.steps]
-        problems = problems * (len(state["rollouts"]) // len(problems))  # an online reference's come after the policy's
-        drawn = [[_sample(s) for s in samples] for samples in state["rollouts"]]
-        rollouts.put_back([Group(p, samples) for p, samples in zip(problems, drawn, strict=True)])
+        problems = run.schedule[totals.steps]  # drawn in their order, by one set of weights after the other
+        rollouts.put_back([
+            Group(problems[place % len(problems)], [_sample(fields) for fields in samples])
+            for place, samples in enumerate(state["rollouts"])
+        ])  # fmt: skip
     for name in run.folder.cut(state["records"]):
         run.display.note(f"{run.folder.path / name} is shorter than it was at the checkpoint; it goes on with a gap")
     _set_random_states(state["random"])
