@@ -10,6 +10,7 @@ import pytest
 import support
 import torch
 from resume_support import Notes, crash, folder_of, make_tree, run, steps, weights
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -72,6 +73,20 @@ def test_tied_weights_are_saved_once(tmp_path, monkeypatch):
     resumed = weights(tmp_path)
     run(tree, run={"overwrite": True})
     assert weights(tmp_path) == resumed
+
+
+@pytest.mark.parametrize("mode", ["cached", "online"])
+def test_of_an_adapter_the_adapter_alone(tmp_path, tiny_model, monkeypatch, mode):
+    changes = {"lora": {"rank": 2}, "reference__mode": mode}
+    (tmp_path / "alone").mkdir()
+    run(make_tree(tmp_path / "alone", tiny_model, **changes))
+    tree = make_tree(tmp_path, tiny_model, **changes)
+    crash(tree, monkeypatch)
+    with safe_open(folder_of(tmp_path, 4) / "model.safetensors", "pt") as tensors:
+        assert tensors.keys() and all("lora_" in name for name in tensors.keys())  # noqa: SIM118
+    summary, said = run(tree, run={"resume": True})
+    assert "resuming after step 4 of 6" in said and summary["status"] == "finished"
+    assert weights(tmp_path) == weights(tmp_path / "alone")
 
 
 def test_tensorboard_shows_each_step_once(tmp_path, tiny_model, monkeypatch):
