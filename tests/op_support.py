@@ -3,7 +3,7 @@
 import torch
 
 import aapo_fast as af
-from aapo_fast.ops.linear_policy.statistics import target_gradient
+from aapo_fast.ops.linear_policy import targets as at_targets
 
 VARIANTS = {
     "plain": {},
@@ -49,7 +49,7 @@ def with_target(d, products, targets, rows, wanted, transform):
     held, column = targets >= 0, targets.clamp(min=0)[:, None]
     product = products.gather(1, column).squeeze(1)
     assert (d.gather(1, column).squeeze(1)[held] == 0).all()
-    return d.scatter_add(1, column, target_gradient(rows, wanted, transform, held, product)[:, None].to(d.dtype))
+    return d.scatter_add(1, column, at_targets.gradient(rows, wanted, transform, held, product)[:, None].to(d.dtype))
 
 
 def problem(n, h, v, dtype=torch.float64, seed=0, scale=1.0, bias=False):

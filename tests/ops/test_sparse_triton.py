@@ -9,9 +9,10 @@ from op_support import relative
 pytest.importorskip("triton", reason="triton is not installed")
 
 from aapo_fast.ops.linear_policy import sparse, sparse_triton
+from aapo_fast.ops.linear_policy import targets as at_targets
 from aapo_fast.ops.linear_policy.kernels_triton import TILE, Tiles
 from aapo_fast.ops.linear_policy.rows_triton import TritonRows
-from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Transform, finish, target_gradient
+from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Transform, finish
 from aapo_fast.ops.linear_policy.uniforms import row_uniforms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -273,7 +274,7 @@ def test_rows_that_nothing_depends_on_and_rows_of_nan():
     entries = gradient(x, targets, uniforms, 2**-6, wanted)
     assert entries.row.unique().tolist() == [0] and entries.value.isfinite().all()
     rows = finish(TritonRows(x).statistics(x, targets, PLAIN))
-    at_target = target_gradient(rows, wanted, PLAIN, targets >= 0, x[:, 0])
+    at_target = at_targets.gradient(rows, wanted, PLAIN, targets >= 0, x[:, 0])
     assert at_target.isnan().tolist() == [False, False, False, True] and (at_target[1:3] == 0).all()
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from aapo_fast.objectives import LinearWeights, Objective, Tokens
+from aapo_fast.ops.linear_policy import targets as at_target
 from aapo_fast.ops.linear_policy.products import Products
 from aapo_fast.ops.linear_policy.rows_torch import TorchRows, even_parts
 from aapo_fast.ops.linear_policy.sharded import VocabularyShard
@@ -33,7 +34,6 @@ from aapo_fast.ops.linear_policy.statistics import (
     Transform,
     compute_dtype,
     finish,
-    target_gradient,
 )
 from aapo_fast.ops.linear_policy.uniforms import row_uniforms
 
@@ -46,9 +46,6 @@ GPU_LOGIT_BYTES = 320 * 2**20
 GPU_GRADIENT_BYTES = 640 * 2**20
 """On a GPU: the (panel, V) fp32 logits and the (chunk, V) bf16 gradient rows. Each chunk reads and writes dW once, 5 GB
 at (151936, 4096); together they stay below 1 GiB. By arithmetic, not yet measured."""
-
-TARGET_BYTES = 16 * 2**20
-"""Size of each of the few fp64 (rows, H) buffers in which the targets' entries are spent."""
 
 FLUSH_ENTRIES = 4 * 2**20
 """Sparse entries that are gathered before they are spent on the accumulators."""
@@ -208,7 +205,7 @@ class Pass:
         """The entries of a block's gradient rows at their targets, which are kept for the end of the chunk."""
         held = self.targets[rows] >= 0
         product = self._target_products[rows]
-        self._at_target[rows] = target_gradient(stats, wanted, self.transform.of(rows), held, product)
+        self._at_target[rows] = at_target.gradient(stats, wanted, self.transform.of(rows), held, product)
 
     def _keep_target_products(self, rows: slice, products: Tensor) -> None:
         if self.transform.softcap is not None:
@@ -226,7 +223,7 @@ class Pass:
             if self.gradients.bias is not None:
                 self.gradients.bias[: self.call.vocab_size] += d.sum(0, dtype=self.dtype)
         self._dense_blocks = []
-        step = max(1, TARGET_BYTES // (8 * max(1, self.hidden.shape[1])))
+        step = at_target.rows_at_a_time(self.hidden.shape[1])
         for start in range(chunk.start, chunk.stop, step):
             self._add_targets(slice(start, min(start + step, chunk.stop)))
         if sum(entries.value.numel() for _, entries in self._entries) > FLUSH_ENTRIES:
@@ -237,11 +234,11 @@ class Pass:
         value, target = self._at_target[rows, None], self.targets[rows].clamp(min=0)
         if self.gradients.hidden is not None:
             dx = self.gradients.hidden[rows]
-            dx.copy_(_times(value, self.products.weight[target]) + dx)
+            dx.copy_(at_target.times(value, self.products.weight[target]) + dx)
         if self.gradients.weight is not None:
-            _add_rows(self.gradients.weight, target, _times(value, self.hidden[rows]))
+            at_target.add_rows(self.gradients.weight, target, at_target.times(value, self.hidden[rows]))
         if self.gradients.bias is not None:
-            _add_rows(self.gradients.bias, target, value.squeeze(1))
+            at_target.add_rows(self.gradients.bias, target, value.squeeze(1))
 
     def _flush(self) -> None:
         """Spend the sparse gradient rows gathered so far."""
@@ -273,23 +270,6 @@ def _aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) 
     """(rows, columns) whose rows start at multiples of 256 bytes on a GPU, for the vendor's fastest products."""
     unit = 256 // dtype.itemsize if device.type == "cuda" else 1
     return torch.empty(rows, -(-columns // unit) * unit, dtype=dtype, device=device)[:, :columns]
-
-
-def _times(value: Tensor, rows: Tensor) -> Tensor:
-    """(C, 1) fp64 times (C, H); zero where the value is, whatever the row holds."""
-    return (value * rows).masked_fill_(value == 0, 0.0)
-
-
-def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
-    """``out[index] += rows`` for fp64 rows, rounded once, and in an order that is the same at every run."""
-    index, order = index.sort(stable=True)
-    first = torch.searchsorted(index, index)  # rows of one index meet where it first stands
-    total = torch.zeros_like(rows)
-    if rows.is_cuda:
-        total.index_put_((first,), rows[order], accumulate=True)  # sorts; index_add_ would use atomics there
-    else:
-        total.index_add_(0, first, rows[order])
-    out[index] = (total[first] + out[index]).to(out.dtype)
 
 
 def _row_kernels(call: Call, logits: Tensor) -> RowKernels:

@@ -5,7 +5,7 @@ vocabulary-parallel head and finish as ``RowStatistics``; the objective turns th
 turns coefficients into gradient rows. Each implementation is a ``RowKernels``.
 
 The target stays out of both sweeps (section "The target apart" of README.md): its logit joins the statistics in
-``finish``, and its entry of the gradient row is ``target_gradient``.
+``finish``, and its entry of the gradient row is ``targets.gradient``.
 
 Letters: C rows of a chunk or block, V vocabulary (of this shard).
 """
@@ -116,7 +116,7 @@ class RowKernels(Protocol):
                  transform: Transform, out: Tensor) -> None:  # fmt: skip
         """Sweep 2 over the block that ``statistics`` saw last: (C, V) d loss / d products into ``out``.
 
-        Zero at the target, whose entry is ``target_gradient``. ``out`` is ``products`` itself, or a buffer in a
+        Zero at the target, whose entry is ``targets.gradient``. ``out`` is ``products`` itself, or a buffer in a
         narrower dtype.
         """
 
@@ -174,36 +174,6 @@ def finish(partials: Partials) -> RowStatistics:
         total=total,
         others=rest / total,
     )
-
-
-def target_gradient(
-    rows: RowStatistics, wanted: Coefficients, transform: Transform, held: Tensor, product: Tensor
-) -> Tensor:
-    """(C,) d loss / d the target's raw product, fp64; zero where this shard holds no target, ``held`` (C,) bool.
-
-    ``product`` (C,) is that raw product, needed under a soft-cap: where that is reached, the logit says no more of its
-    slope.
-
-    a (1 - p) - b p (log p + H) + c p, times the slope d z / d x. In fp64 because this one entry is most of a gradient
-    row: rounded, it would be most of its error.
-    """
-    p = rows.logps.double().exp()
-    # 1 - p has more digits than rest / total while p is small.
-    d = wanted.logps * torch.where(p < 0.5, 1 - p, rows.others.double())
-    live = wanted.logps != 0
-    if wanted.entropy is not None:
-        d = d - wanted.entropy * p * (rows.logps.clamp(min=-1e30) + rows.entropy)
-        live = live | (wanted.entropy != 0)
-    if wanted.logsumexp is not None:
-        d = d + wanted.logsumexp * p
-        live = live | (wanted.logsumexp != 0)
-    temperature = transform.temperature
-    temperature = temperature.double() if isinstance(temperature, Tensor) else temperature
-    d = d * (transform.scale / temperature)
-    if transform.softcap is not None:
-        d = d / torch.cosh(product.double() * (transform.scale / transform.softcap)).square()  # 1 - tanh^2
-    # A row that nothing depends on gives zeros, whatever is in it.
-    return d.where(held & live, 0.0)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
