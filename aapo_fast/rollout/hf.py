@@ -22,6 +22,9 @@ from aapo_fast.models.lora import has_adapter, without_adapter
 from aapo_fast.rollout.requests import check_prompts, eos_token_ids, in_turn
 from aapo_fast.types import FinishReason, Progress, Sample, SamplingParams, UserError, Weights
 
+TILE = 64
+"""Tokens whose mass is summed before any of them is looked at."""
+
 
 @dataclass
 class _Row:
@@ -206,19 +209,49 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: flo
     if temperature == 0:
         logprobs = logits.float().log_softmax(-1)
         tokens = logprobs.argmax(-1)
-    else:
-        logprobs = (logits.float() / temperature).log_softmax(-1)
-        if top_p < 1:
-            ordered, order = logprobs.sort(-1, descending=True)
-            mass_before = ordered.exp().cumsum(-1) - ordered.exp()
-            dropped = torch.zeros_like(mass_before, dtype=torch.bool).scatter(-1, order, mass_before >= top_p)
-            logprobs = logprobs.masked_fill(dropped, float("-inf")).log_softmax(-1)
-        # fp64: in fp32 the sum over a large vocabulary loses the tail.
-        cumulative = logprobs.double().exp().cumsum(-1)
-        point = uniforms[:, None] * cumulative[:, -1:]
-        # right=True passes over tokens of probability zero.
-        tokens = torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
-    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+        return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+    logits = logits.float() / temperature
+    if top_p < 1:
+        logits = _nucleus(logits, top_p)
+    largest = logits.amax(-1, keepdim=True)
+    tokens, total = _invert((logits - largest).exp_(), uniforms)
+    logprobs = (logits.gather(1, tokens[:, None]) - largest).squeeze(1) - total.log()
+    return tokens, logprobs.float()
+
+
+def _nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """The fewest, likeliest tokens whose mass reaches ``top_p``; -inf elsewhere."""
+    ordered, order = logits.log_softmax(-1).sort(-1, descending=True)
+    mass_before = ordered.exp().cumsum(-1) - ordered.exp()
+    dropped = torch.zeros_like(mass_before, dtype=torch.bool).scatter(-1, order, mass_before >= top_p)
+    return logits.masked_fill(dropped, float("-inf"))
+
+
+def _invert(mass: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """(R,) the tokens at which the running sums of (R, V) ``mass`` pass ``uniforms`` of the whole, and (R,) the whole.
+
+    Running sums are fp64: in fp32 they would lose the tail of a large vocabulary. They go over tiles, and then over the
+    one tile that is hit, which costs a fraction of a sum over every token.
+    """
+    tiles = nn.functional.pad(mass, (0, -mass.shape[1] % TILE)).unflatten(1, (-1, TILE))
+    mass_of_tile = tiles.sum(-1).double()
+    tile, share, total = _passed(mass_of_tile, uniforms)
+    hit = tiles[torch.arange(len(tiles), device=tiles.device), tile].double()
+    within, _, _ = _passed(hit, share)
+    return (tile * TILE + within).clamp(max=mass.shape[1] - 1), total
+
+
+def _passed(mass: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the running sum of each row passes ``share`` of the whole; the share of that entry that is then used; the
+    whole. An entry of no mass is never hit, whatever rounding does.
+    """
+    running = mass.cumsum(-1)
+    total = running[:, -1]
+    point = torch.minimum(share * total, total.nextafter(torch.zeros_like(total)))
+    index = torch.searchsorted(running, point[:, None], right=True).clamp(max=mass.shape[1] - 1)  # of a NaN it is beyond
+    of_entry = mass.gather(1, index)
+    used = point[:, None] - (running.gather(1, index) - of_entry)
+    return index.squeeze(1), (used / of_entry).squeeze(1).clamp(0, 1), total
 
 
 def _uniforms(seed: int, n: int, max_tokens: int) -> list[list[float]]:

@@ -116,10 +116,35 @@ def test_the_sampler_draws_from_the_distribution():
         assert torch.allclose(logprobs, truth[tokens].log(), atol=1e-5)
 
 
+def test_the_sampler_inverts_the_distribution_in_float64():
+    """Over many tiles, some of them empty, and a ragged end: the token whose interval of the running sum holds u."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(7, 1003, generator=generator)
+    logits[:, 128:320] = -math.inf
+    logits[0, 1:] = -40.0  # mass in the first token, 3e-18 a token beyond
+    logits = logits.repeat_interleave(500, 0)
+    uniforms = torch.rand(len(logits), dtype=torch.float64, generator=generator)
+    tokens, logprobs = draw_tokens(logits, uniforms, 1.0, 1.0)
+    truth = logits.double().log_softmax(-1)
+    running = truth.exp().cumsum(-1).gather(1, tokens[:, None]).squeeze(1)
+    before = running - truth.exp().gather(1, tokens[:, None]).squeeze(1)
+    assert (uniforms < running + 1e-6).all() and (uniforms > before - 1e-6).all()
+    assert torch.allclose(logprobs.double(), truth.gather(1, tokens[:, None]).squeeze(1), rtol=1e-6, atol=1e-6)
+    assert (tokens[500:] > 960).any() and not ((tokens >= 128) & (tokens < 320)).any()
+
+
 def test_ends_of_the_unit_interval():
-    logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]])
-    for u, token in ((0.0, 1), (1 - 2**-53, 2)):
-        assert draw_tokens(logits, torch.tensor([u], dtype=torch.float64), 1.0, 1.0)[0].item() == token
+    short = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]])
+    long = torch.full((1, 500), -math.inf).index_fill(1, torch.tensor([130, 260]), 0.0)
+    for logits, ends in ((short, (1, 2)), (long, (130, 260))):
+        for u, token in zip((0.0, 1 - 2**-53), ends, strict=True):
+            assert draw_tokens(logits, torch.tensor([u], dtype=torch.float64), 1.0, 1.0)[0].item() == token
+
+
+def test_logits_that_are_not_numbers_give_a_token_and_say_so():
+    logits = torch.stack([torch.full((500,), math.nan), torch.full((500,), -math.inf), torch.zeros(500)])
+    tokens, logprobs = draw_tokens(logits, torch.full((3,), 0.5, dtype=torch.float64), 1.0, 1.0)
+    assert ((tokens >= 0) & (tokens < 500)).all() and logprobs.isnan().tolist() == [True, True, False]
 
 
 def test_reference_weights_stay_when_the_policy_moves():

@@ -1,13 +1,17 @@
 """Whole runs on vLLM: a tiny model learns as it does on the other engine; weights that do not arrive stop the run."""
 
+import copy
 import os
 import subprocess
 import sys
 import time
 
 import pytest
+import resume_support
 import support
+import torch
 import vllm_support
+from safetensors.torch import load_file
 
 from aapo_fast import config
 from aapo_fast.rollout.vllm import local
@@ -41,6 +45,21 @@ def test_a_tiny_model_learns_on_vllm(tmp_path, tree, mode):
     assert trained and all(r["rollout_mean_gap"] < 1e-4 for r in trained)
     assert all(0.99 < r["rollout_ratio_mean"] < 1.01 and r["rollout_clipped_share"] == 0 for r in trained)
     assert all(r["engine_sync_bytes"] > 0 and r["seconds"]["sync"] > 0 for r in trained)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, tree, monkeypatch):
+    """The engine of the resumed run starts with the first weights: those of the checkpoint have to reach it."""
+    tree["train"]["steps"], tree["checkpoint"] = 8, {"every": 3}
+    left_alone, killed = copy.deepcopy(tree), tree
+    left_alone["run"]["folder"] = str(tmp_path / "left_alone")
+    loop.train(config.parse(left_alone), Display(quiet=True))
+    resume_support.crash(killed, monkeypatch, at=5)
+    killed["run"]["resume"] = True
+    loop.train(config.parse(killed), Display(quiet=True))
+    resumed, alone = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "left_alone"))
+    assert all(torch.equal(resumed[name], alone[name]) for name in alone)
+    records = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in records] == list(range(1, 9)) and all(r["rollout_mean_gap"] < 1e-4 for r in records)
 
 
 def test_weights_that_do_not_arrive_stop_the_run(tmp_path, tree, monkeypatch):
