@@ -248,7 +248,7 @@ def _passed(mass: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     running = mass.cumsum(-1)
     total = running[:, -1]
     point = torch.minimum(share * total, total.nextafter(torch.zeros_like(total)))
-    index = torch.searchsorted(running, point[:, None], right=True).clamp(max=mass.shape[1] - 1)  # of a NaN it is beyond
+    index = torch.searchsorted(running, point[:, None], right=True).clamp(max=mass.shape[1] - 1)  # NaN: beyond
     of_entry = mass.gather(1, index)
     used = point[:, None] - (running.gather(1, index) - of_entry)
     return index.squeeze(1), (used / of_entry).squeeze(1).clamp(0, 1), total
