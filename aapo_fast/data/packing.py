@@ -11,13 +11,14 @@ Letters: T tokens of the packed row, B sequences, L longest sequence, S segments
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from aapo_fast.types import Batch, Sample, Segments
+from aapo_fast.types import Batch, Ragged, Sample, Segments
 
 Pair = tuple[list[int], list[int]]
 """Queries and keys of one attention problem, as positions in the packed row."""
@@ -51,8 +52,8 @@ def microbatches(samples: Sequence[Weighted], max_tokens: int) -> Iterator[list[
         yield part
 
 
-def pack(samples: Sequence[Weighted], device: torch.device | str = "cpu") -> Batch:
-    """One packed row in which completions of the same prompt share its tokens."""
+def pack(samples: Sequence[Weighted], device: torch.device | str = "cpu", ragged: bool = False) -> Batch:
+    """One packed row in which completions of the same prompt share its tokens; ``ragged`` for flash attention."""
     ids: list[int] = []
     positions: list[int] = []
     hidden_index: list[int] = []
@@ -60,8 +61,7 @@ def pack(samples: Sequence[Weighted], device: torch.device | str = "cpu") -> Bat
     sequence_index: list[int] = []
     rollout_logps: list[float] = []
     prompts: dict[tuple[int, ...], range] = {}
-    prompt_segments: list[tuple[list[int], list[int]]] = []
-    completion_segments: list[tuple[list[int], list[int]]] = []
+    problems: list[Pair] = []
 
     def append(tokens: Sequence[int], first_position: int) -> range:
         start = len(ids)
@@ -73,28 +73,42 @@ def pack(samples: Sequence[Weighted], device: torch.device | str = "cpu") -> Bat
         prompt, completion = weighted.sample.prompt_ids, weighted.sample.token_ids
         if prompt not in prompts:
             prompts[prompt] = append(prompt, 0)
-            prompt_segments.append((list(prompts[prompt]), list(prompts[prompt])))
+            problems.append((list(prompts[prompt]), list(prompts[prompt])))
         inputs = append(completion[:-1], len(prompt))
         if inputs:
-            completion_segments.append((list(inputs), [*prompts[prompt], *inputs]))
+            problems.append((list(inputs), [*prompts[prompt], *inputs]))
         hidden_index += [prompts[prompt][-1], *inputs]
         targets += completion
         sequence_index += [index] * len(completion)
         rollout_logps += weighted.sample.logprobs or [math.nan] * len(weighted.sample.token_ids)
 
-    buckets = [*_buckets(prompt_segments), *_buckets(completion_segments)]
-    segments = tuple(_segments(bucket, positions, device) for bucket in buckets)
     return Batch(
         input_ids=torch.tensor([ids], device=device),
         position_ids=torch.tensor([positions], device=device),
         attention_mask=None,
-        segments=segments,
+        packing=_ragged(problems, device) if ragged else _in_buckets(problems, positions, device),
         hidden_index=torch.tensor(hidden_index, device=device),
         targets=torch.tensor(targets, device=device),
         sequence_index=torch.tensor(sequence_index, device=device),
         rollout_logps=torch.tensor(rollout_logps, dtype=torch.float32, device=device),
         advantages=torch.tensor([w.advantage for w in samples], dtype=torch.float32, device=device),
     )
+
+
+def _ragged(problems: Sequence[Pair], device: torch.device | str) -> Ragged:
+    def starts(lengths: list[int]) -> torch.Tensor:
+        return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+    queries, keys = [len(q) for q, _ in problems], [len(k) for _, k in problems]
+    index = torch.tensor([i for _, seen in problems for i in seen], device=device)
+    return Ragged(index, starts(queries), starts(keys), max(queries), max(keys))
+
+
+def _in_buckets(problems: Sequence[Pair], positions: Sequence[int], device: torch.device | str) -> tuple[Segments, ...]:
+    prompts = [pair for pair in problems if len(pair[0]) == len(pair[1])]
+    completions = [pair for pair in problems if len(pair[0]) < len(pair[1])]
+    buckets = [*_buckets(prompts), *_buckets(completions)]
+    return tuple(_segments(bucket, positions, device) for bucket in buckets)
 
 
 def _buckets(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
@@ -149,7 +163,7 @@ def pad(samples: Sequence[Weighted], pad_token_id: int, device: torch.device | s
         input_ids=torch.tensor([row + [pad_token_id] * (length - len(row)) for row in inputs], device=device),
         position_ids=torch.arange(length, device=device).expand(len(inputs), length),
         attention_mask=torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in inputs], device=device),
-        segments=(),
+        packing=None,
         hidden_index=torch.tensor(hidden_index, device=device),
         targets=torch.tensor(targets, device=device),
         sequence_index=torch.tensor(sequence_index, device=device),

@@ -1,8 +1,8 @@
 """Attention over packed rows, through Transformers' attention interface.
 
 The model is loaded with the attention named ``NAME``. A call that brings ``packing=`` (a packed training batch) runs
-the segments of the batch; any other call (generation, with its KV cache) is Transformers' own SDPA, or the same sums
-written out where the model caps its attention scores.
+the problems of the batch, by flash attention where it brings ``flash=`` too; any other call (generation, with its KV
+cache) is Transformers' own SDPA, or the same sums written out where the model caps its attention scores.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from aapo_fast.types import Segments
+from aapo_fast.models.flash import Flash
+from aapo_fast.types import Ragged, Segments
 
 NAME = "aapo_fast_packed"
 
@@ -27,23 +28,28 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    packing: tuple[Segments, ...] = (),
+    packing: tuple[Segments, ...] | Ragged | None = None,
+    flash: Flash | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """(1, heads, T, D) queries and (1, kv_heads, T, D) keys and values to (1, T, heads, D)."""
-    if not packing and softcap is None:
+    if packing is None and softcap is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     _refuse_unseen_window(module, sliding_window)
     groups = query.shape[1] // key.shape[1]
-    if not packing:  # no SDPA kernel caps its scores
+    if packing is None:  # no SDPA kernel caps its scores
         seen = _causal(query, key) if attention_mask is None else attention_mask
         return _attend(query, key, value, seen, scaling, dropout, softcap, groups).transpose(1, 2), None
-    out = query.new_zeros(query.shape[2], query.shape[1], query.shape[3])
     rows_q, rows_k, rows_v = (t[0].transpose(0, 1) for t in (query, key, value))
+    if isinstance(packing, Ragged):
+        assert flash is not None
+        seen_k, seen_v = rows_k.index_select(0, packing.key_index), rows_v.index_select(0, packing.key_index)
+        return flash(rows_q, seen_k, seen_v, packing, scaling, sliding_window, softcap)[None], None
+    out = query.new_zeros(query.shape[2], query.shape[1], query.shape[3])
     for segments in packing:
         q = _gather(rows_q, segments.query_index)
         k = _gather(rows_k, segments.key_index)

@@ -10,8 +10,8 @@ Letters: P prompts, R rows (sequences being generated), V vocabulary, L prompt l
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,10 +44,18 @@ class HFEngine:
         model: the policy. Its weights are read at each call, so a trainer that updates them in place needs no sync.
         tokenizer: decodes completions, and says which token ends them.
         max_batch_size: most sequences generated at once.
+        precision: makes the context that the model runs in; by default that of its weights.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, max_batch_size: int = 256) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        max_batch_size: int = 256,
+        precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         self.model = model
+        self._precision = precision
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size
         self.weight_version = 0
@@ -98,7 +106,7 @@ class HFEngine:
         step = max(1, self.max_batch_size // n)
         for start in range(0, len(prompts), step):
             part = slice(start, start + step)
-            with without_adapter(model) if weights == "reference" else nullcontext():
+            with self._precision(), without_adapter(model) if weights == "reference" else nullcontext():
                 rows = self._complete(model, prompts[part], n, sampling, seeds[part])
             samples = [self._sample(prompts[start + row.prompt], row, version) for row in rows]
             results += [samples[i : i + n] for i in range(0, len(samples), n)]

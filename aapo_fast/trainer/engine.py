@@ -20,7 +20,7 @@ from aapo_fast.rollout.vllm.servers import Server, VLLMServersEngine
 from aapo_fast.rollout.vllm.settings import EngineSettings, engine_dtype
 from aapo_fast.rollout.vllm.transport import SHARED_MEMORY, AdapterTransport, FolderTransport, Transport
 from aapo_fast.trainer.display import Display
-from aapo_fast.trainer.policy import Policy
+from aapo_fast.trainer.policy import Policy, resolve_precision
 from aapo_fast.types import RolloutEngine
 
 LOGPROB_GAPS = {"float32": 0.005, "bfloat16": 0.1, "float16": 0.05}
@@ -35,7 +35,7 @@ def make_engine(config: Config, policy: Policy, folder: Path, display: Display) 
     """
     model, tokenizer = policy.model, policy.tokenizer
     if config.rollout.engine == "hf":
-        return HFEngine(model, tokenizer, config.rollout.max_batch_size)
+        return HFEngine(model, tokenizer, config.rollout.max_batch_size, policy.autocast)
     settings = engine_settings(config, policy.device)
     if config.rollout.engine == "vllm":
         if policy.device.index:
@@ -75,8 +75,11 @@ def engine_settings(config: Config, device: torch.device) -> EngineSettings:
 
 
 def engine_version(config: Config, device: torch.device) -> str:
-    """What the engine adds to what decides a completion: nothing, where the model samples for itself."""
-    return "" if config.rollout.engine == "hf" else f" by vLLM in {engine_dtype(config.vllm.dtype, device)}"
+    """What the engine adds to what decides a completion: nothing, where the model samples for itself in float32."""
+    if config.rollout.engine != "hf":
+        return f" by vLLM in {engine_dtype(config.vllm.dtype, device)}"
+    precision = resolve_precision(config.model.precision, device)
+    return "" if precision == torch.float32 else f" in {precision}"
 
 
 def max_logprob_gap(config: Config, device: torch.device) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor
 
 from aapo_fast.config import LoraConfig, LossConfig, ModelConfig
 from aapo_fast.data.packing import Weighted, pack, pad
+from aapo_fast.models.flash import Flash, find_flash
 from aapo_fast.models.head import find_decoder, find_head
+from aapo_fast.models.liger import use_liger
 from aapo_fast.models.load import load_model, steers_attention
 from aapo_fast.models.lora import add_adapter, checkpoint_state
+from aapo_fast.models.recompute import recompute_layers
 from aapo_fast.objectives import AAPO, Objective, Regularized
 from aapo_fast.ops.linear_policy import PolicyLoss, linear_logprobs, linear_policy_loss
 from aapo_fast.types import Batch, Sample, UserError
@@ -32,14 +36,25 @@ class Policy:
         model, tokenizer: from ``models.load``.
         temperature: sampling temperature, which the loss uses too.
         loss: implementation and backward of the fused loss.
+        precision: of products and activations; the weights stay as they are.
+        flash: attention of packed batches; None for SDPA.
 
     Attributes:
         packed: whether batches are packed with shared prompts. False where the model's attention cannot be steered, or
             where it computes something else when it is (recurrent layers, say): then batches are right-padded.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, temperature: float, loss: LossConfig = DEFAULT_LOSS) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        temperature: float,
+        loss: LossConfig = DEFAULT_LOSS,
+        precision: torch.dtype = torch.float32,
+        flash: Flash | None = None,
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.precision, self.flash = precision, flash
         self.decoder, self.head = find_decoder(model), find_head(model)
         self.device = self.head.weight.device
         self.temperature, self.how = temperature, loss
@@ -56,27 +71,45 @@ class Policy:
         """Load the model that [model] names, with the adapter that [lora] wants.
 
         Raises:
-            UserError: it, its device or its adapter cannot be had.
+            UserError: it, its device, its attention or its adapter cannot be had.
         """
-        model, tokenizer = load_model(config.path, resolve_device(config.device))
+        device = resolve_device(config.device)
+        precision = resolve_precision(config.precision, device)
+        flash = find_flash(config.attention, device, precision)
+        model, tokenizer = load_model(config.path, device)
+        if config.liger == "auto":
+            use_liger(model)
+        recompute_layers(find_decoder(model), config.activation_checkpointing)
         if lora.rank:
             model = add_adapter(model, lora.rank, lora.alpha, lora.target_modules)
-        return cls(model, tokenizer, temperature, loss)
+        policy = cls(model, tokenizer, temperature, loss, precision, flash)
+        if flash is None or policy.packed:
+            return policy
+        if config.attention != "auto":
+            raise UserError(
+                f"model.attention={config.attention!r} does not compute what {type(model).__name__}'s own attention "
+                "does (a soft-cap on its scores, too wide a head); set model.attention='auto'"
+            )
+        return cls(model, tokenizer, temperature, loss, precision)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The precision of what is computed inside."""
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def batch(self, samples: Sequence[Weighted]) -> Batch:
         """Tensors of one microbatch, on the model's device."""
         if self.packed:
-            return pack(samples, self.device)
+            return pack(samples, self.device, ragged=self.flash is not None)
         return pad(samples, self.tokenizer.pad_token_id or 0, self.device)
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """(N, H): for each target token the hidden state that predicts it."""
-        if batch.segments:
-            # A prepared 4-D mask makes Transformers build none; the segments are the mask.
+        """(N, H): for each target token the hidden state that predicts it. Called under ``autocast``."""
+        arguments: dict[str, Any] = {"attention_mask": batch.attention_mask}
+        if batch.packing is not None:
+            # A prepared 4-D mask makes Transformers build none; the packing is the mask.
             mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-            arguments = {"position_ids": batch.position_ids, "attention_mask": mask, "packing": batch.segments}
-        else:
-            arguments = {"attention_mask": batch.attention_mask}
+            arguments = {"position_ids": batch.position_ids, "attention_mask": mask}
+            arguments |= {"packing": batch.packing, "flash": self.flash}
         out = self.decoder(input_ids=batch.input_ids, use_cache=False, **arguments).last_hidden_state
         return out.flatten(0, 1).index_select(0, batch.hidden_index)
 
@@ -89,28 +122,30 @@ class Policy:
         objective: Objective = AAPO(batch.advantages, batch.sequence_index, num_tokens, *correction)
         if self.how.regularizes:
             objective = Regularized(objective, num_tokens, self.how.entropy_bonus, self.how.z_loss)
-        return linear_policy_loss(
-            self.hidden_states(batch),
-            self.head.weight,
-            batch.targets,
-            objective,
-            implementation=self.how.implementation,
-            backward=self.how.backward,
-            sparsity_threshold=self.how.sparsity_threshold,
-            seed=seed,
-            **self.head.arguments(self.temperature),
-        )
+        with self.autocast():
+            return linear_policy_loss(
+                self.hidden_states(batch),
+                self.head.weight,
+                batch.targets,
+                objective,
+                implementation=self.how.implementation,
+                backward=self.how.backward,
+                sparsity_threshold=self.how.sparsity_threshold,
+                seed=seed,
+                **self.head.arguments(self.temperature),
+            )
 
     @torch.no_grad()
     def logps(self, batch: Batch) -> Tensor:
         """(N,) fp32 log-probabilities of the targets."""
-        return linear_logprobs(
-            self.hidden_states(batch),
-            self.head.weight,
-            batch.targets,
-            implementation=self.how.implementation,
-            **self.head.arguments(self.temperature),
-        ).logps
+        with self.autocast():
+            return linear_logprobs(
+                self.hidden_states(batch),
+                self.head.weight,
+                batch.targets,
+                implementation=self.how.implementation,
+                **self.head.arguments(self.temperature),
+            ).logps
 
     def num_parameters(self) -> tuple[int, int]:
         """Those that are trained, and all."""
@@ -141,13 +176,21 @@ class Policy:
             for prompt in prompts
             for tokens in ((6, 8, 3), (9, 1))
         ]
-        packed, padded = pack(samples, self.device), pad(samples, 0, self.device)
-        try:
-            ours = self.hidden_states(packed).float()
-        except (TypeError, ValueError, RuntimeError):  # a decoder that takes no position_ids or passes nothing on
-            return False
-        truth = self.hidden_states(padded).float()
+        packed = pack(samples, self.device, ragged=self.flash is not None)
+        with self.autocast():
+            truth = self.hidden_states(pad(samples, 0, self.device)).float()
+            try:
+                ours = self.hidden_states(packed).float()
+            except (TypeError, ValueError, RuntimeError):  # a decoder without position_ids, one that passes nothing on
+                return False
         return bool((ours - truth).norm() <= LAYOUT_TOLERANCE * truth.norm())
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 on a GPU and float32 on a CPU, most of which compute 16 bits more slowly."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def resolve_device(name: str) -> torch.device:

@@ -8,34 +8,13 @@ import pytest
 import support
 import torch
 import transformers
+from policy_support import make_policy, make_samples, relative
 
 from aapo_fast.data.packing import Weighted, microbatches, pack, pad
 from aapo_fast.models import attention, load
 from aapo_fast.models.head import check_head, find_decoder, find_head
 from aapo_fast.trainer.policy import Policy, resolve_device
 from aapo_fast.types import UserError
-
-
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
-def make_policy(family, dtype=torch.float64):
-    model = support.tiny(family, dtype=dtype)
-    model.set_attn_implementation(attention.NAME)
-    return Policy(model, support.tokenizer(), temperature=0.9)
-
-
-def make_samples(seed=0):
-    """Three prompts, of which two have several completions; lengths from one token up, windows exceeded."""
-    rng = random.Random(seed)
-    samples = []
-    for prompt_length, count in ((5, 3), (9, 1), (2, 4)):
-        prompt = [rng.randrange(1, 40) for _ in range(prompt_length)]
-        for length in rng.sample(range(1, 9), count):
-            completion = [rng.randrange(1, 40) for _ in range(length)]
-            samples.append(Weighted(support.sample(prompt, completion), rng.uniform(-2, 2)))
-    return samples
 
 
 @pytest.mark.parametrize("family", list(support.FAMILIES))
@@ -106,7 +85,7 @@ def test_microbatches_hold_every_sample_once_within_the_budget(budget):
 def test_one_completion_token_each_has_no_completion_segment():
     policy = make_policy("llama")
     batch = pack([Weighted(support.sample([1, 2], [c]), 1.0) for c in (3, 4)])
-    assert len(batch.segments) == 1
+    assert len(batch.packing) == 1
     assert policy.loss(batch, 2).loss.isfinite()
 
 
@@ -153,8 +132,8 @@ def test_one_long_completion_does_not_make_the_short_ones_long():
     ]
     batch = pack(samples)
     real = sum(len(w.sample.token_ids[:-1]) * (3 + len(w.sample.token_ids[:-1])) for w in samples) + 9
-    assert sum(s.distance.numel() for s in batch.segments) <= 2 * real
-    assert sum(s.query_rows.numel() for s in batch.segments) == batch.input_ids.numel()
+    assert sum(s.distance.numel() for s in batch.packing) <= 2 * real
+    assert sum(s.query_rows.numel() for s in batch.packing) == batch.input_ids.numel()
 
 
 def test_head_of_each_family():

@@ -1,0 +1,72 @@
+"""The training forward and backward on a GPU: flash attention, Liger's kernels and recomputed layers against SDPA."""
+
+import importlib.util
+
+import pytest
+import support
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
+
+from policy_support import make_samples, relative
+
+from aapo_fast.models import attention, flash
+from aapo_fast.models.liger import use_liger
+from aapo_fast.models.recompute import recompute_layers
+from aapo_fast.trainer.policy import Policy
+from aapo_fast.types import UserError
+
+pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda")
+
+
+def gradient(precision, kernel=None, family="llama", change=lambda model: None):
+    model = support.tiny(family).to(GPU)
+    model.set_attn_implementation(attention.NAME)
+    change(model)
+    policy = Policy(model, support.tokenizer(), 0.9, precision=precision, flash=kernel)
+    assert policy.packed
+    policy.loss(policy.batch(make_samples()), 50).loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()]).cpu()
+
+
+def found(name):
+    try:
+        return flash.find_flash(name, GPU, torch.bfloat16)
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", list(flash.KERNELS))
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral, sliding window"])
+def test_flash_attention_is_as_near_the_truth_as_sdpa(name, family):
+    kernel = found(name)
+    truth = gradient(torch.float32, family=family)
+    sdpa = relative(gradient(torch.bfloat16, family=family), truth)
+    assert relative(gradient(torch.bfloat16, kernel, family), truth) < 1.3 * sdpa
+
+
+@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2, both soft-caps"])
+def test_ligers_kernels_compute_the_same(family):
+    plain = gradient(torch.float32, family=family)
+    patched = gradient(torch.float32, family=family, change=lambda model: assert_true(use_liger(model)))
+    assert relative(patched, plain) < 1e-4
+
+
+def assert_true(value):
+    assert value
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_recomputed_layers_give_the_same_gradient_from_less_memory(kind):
+    kernel = found("varlen")
+
+    def measured(kind):
+        torch.cuda.reset_peak_memory_stats()
+        made = gradient(torch.bfloat16, kernel, change=lambda model: recompute_layers(model.model, kind))
+        return made, torch.cuda.max_memory_allocated()
+
+    plain, recomputed = measured("none"), measured(kind)
+    assert relative(recomputed[0], plain[0]) < 1e-3 and recomputed[1] <= plain[1]
