@@ -11,7 +11,9 @@ import time
 
 import pytest
 import support
+import torch
 import transformers
+from safetensors.torch import load_file
 
 from aapo_fast import config
 from aapo_fast.ops.linear_policy import sparse
@@ -60,6 +62,19 @@ def test_it_learns_with_sparse_gradient_rows_too(tmp_path, tiny_model, monkeypat
         loss__backward="sparse", loss__sparsity_threshold=2**-6,
     )  # fmt: skip
     assert run(tree)["accuracy_after"] == 1.0
+
+
+def test_it_learns_in_bfloat16_with_layers_computed_again(tmp_path, tiny_model):
+    """Products and activations in 16 bits, in rollouts too; the weights and what is saved stay float32."""
+    tree = support.tiny_run(
+        tmp_path, tiny_model, train__steps=25, train__learning_rate=3e-3, rollout__group_size=16,
+        model__precision="bfloat16", model__activation_checkpointing="selective",
+    )  # fmt: skip
+    assert run(tree)["accuracy_after"] == 1.0
+    gaps = [m["rollout_mean_gap"] for m in metrics(tmp_path) if m["updated"]]
+    assert 1e-5 < max(gaps) < 0.05  # the model that samples is the one that is trained, but for rounding
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.float32}
 
 
 def test_what_a_run_leaves_behind(tmp_path, tiny_model):
