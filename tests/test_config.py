@@ -5,6 +5,13 @@ import pytest
 from aapo_fast import config
 from aapo_fast.cli import QUICKSTART
 
+COSINE = {
+    "rewards.0.function": "cosine",
+    "rewards.0.options.max_length": "100",
+    "rewards.0.options.correct": "[1.0, 0.5]",
+    "rewards.0.options.wrong": "[0, -0.5]",
+}
+
 
 def test_the_quickstart_is_a_config_and_survives_a_round_trip():
     loaded = config.load(QUICKSTART)
@@ -91,6 +98,11 @@ def test_every_option_is_documented():
         ({"rewards.0.pattern": "x"}, "rewards.0.pattern='x' goes with function='format'"),
         ({"rewards.0.function": "format"}, "rewards.0.pattern='' goes with function='format'"),
         ({"rewards.0.extract": "("}, "rewards.0.extract='(' is not a regular expression"),
+        ({"rewards.0.options.max_length": "9"}, "rewards.0.options={'max_length': 9} goes with function='cosine'"),
+        ({"rewards.0.function": "cosine"}, "rewards.0.options has []; function='cosine' wants max_length, correct"),
+        (COSINE | {"rewards.0.options.max_length": "0"}, "rewards.0.options.max_length=0 must be a number of"),
+        (COSINE | {"rewards.0.options.wrong": "[1]"}, "rewards.0.options.wrong=[1] must be [reward at length 0,"),
+        ({"data.system_prompt": "be brief"}, "data.system_prompt needs data.chat_template=true"),
         ({"rewards.3.weight": "1"}, "'3' is not one of the 1 entries"),
         ({"rewards": "[]"}, "rewards is empty"),
         ({"train": "3"}, "train=3 must be a table"),

@@ -166,8 +166,9 @@ def _problem(config: DataConfig, tokenizer: Any, row: str, columns: Mapping[str,
     if config.chat_template:
         if not tokenizer.chat_template:
             raise DataError("data.chat_template=true, but the model's tokenizer has none; set it to false")
+        system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
         text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            [*system, {"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
     ids: Sequence[int] = tokenizer(text, add_special_tokens=not config.chat_template).input_ids
     if not ids:
