@@ -92,7 +92,7 @@ class RewardConfig:
     pattern: str = option("", "for function = 'format': the regular expression the whole completion must match")
     options: dict[str, Any] = option(
         {},
-        "for function = 'cosine': max_length in characters; correct and wrong, each [reward at length 0, at max_length]",
+        "for function = 'cosine': max_length (characters), correct and wrong (each [at length 0, at max_length])",
     )
 
 

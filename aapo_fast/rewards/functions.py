@@ -116,7 +116,8 @@ def _reasoning_gym(completions: list[str], prompts: list[str], **columns: list[A
 def _math_verify(completions: list[str], prompts: list[str], **columns: list[Any]) -> list[float]:
     """1 if math-verify finds the completion's final answer equal to the gold answer, else 0.
 
-    What is in a box goes before every other form of a final answer, as in the graders of open-r1 and open-rs.
+    What is in a box goes before every other form of a final answer, as in the graders of open-r1 and open-rs. Numbers
+    in e-notation are numbers; by itself math-verify takes the e of 4.5e33 for Euler's.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
@@ -124,8 +125,8 @@ def _math_verify(completions: list[str], prompts: list[str], **columns: list[Any
     forms = [ExprExtractionConfig(), LatexExtractionConfig(boxed_match_priority=0)]
     # No time limit of its own: ours ends the whole process, which a hanging simplification cannot ignore.
     return [
-        float(verify(gold, parse(completion, extraction_config=forms, parsing_timeout=None), timeout_seconds=None))
-        for completion in completions
+        float(verify(gold, parse(text, extraction_config=forms, parsing_timeout=None), timeout_seconds=None))
+        for text in map(_in_powers_of_ten, completions)
     ]
 
 
@@ -135,7 +136,11 @@ def _parse_gold(gold: str) -> Any:
 
     # Bare LaTeX is only read as such between dollars; without, "\frac{1}{2}" would be read as the number 2.
     text = gold if "$" in gold or "\\boxed" in gold else f"${gold}$"
-    return parse(text, parsing_timeout=None)
+    return parse(_in_powers_of_ten(text), parsing_timeout=None)
+
+
+def _in_powers_of_ten(text: str) -> str:
+    return re.sub(r"(\d)[eE]([+-]?\d+)\b", r"\1 \\times 10^{\2}", text)
 
 
 def _format(pattern: str) -> RewardFunction:
@@ -149,7 +154,7 @@ def _format(pattern: str) -> RewardFunction:
 
 
 def _cosine(max_length: float, correct: list[float], wrong: list[float]) -> RewardFunction:
-    """The length-scaled reward of Yeo et al., arXiv 2502.03373: of a completion of n characters, at most L = max_length,
+    """The length-scaled reward of Yeo et al., arXiv 2502.03373. Of a completion of n characters, n <= L = max_length:
 
         r_L + (r_0 - r_L) (1 + cos(pi n / L)) / 2
 

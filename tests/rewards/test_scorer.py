@@ -143,6 +143,16 @@ def test_a_gold_solution_is_read_for_its_box():
         assert s.score(problem, r"\boxed{5}").reward == s.score(problem, r"\boxed{7}").reward == 0.0
 
 
+def test_e_notation_is_a_number():
+    with scorer("math_verify") as s:
+        problem = support.problem(answer=r"\boxed{4.5e33}")
+        right = (r"\boxed{4.5 \times 10^{33}}", "$4.5e33$", "$4.5E+33$")
+        assert [s.score(problem, text).reward for text in right] == [1.0] * 3
+        assert s.score(problem, r"\boxed{4.5 \times 10^{32}}").reward == 0.0
+        assert s.score(support.problem(answer="3e-05"), r"\boxed{0.00003}").reward == 1.0
+        assert s.score(support.problem(answer="2e^{3}"), r"\boxed{2e^3}").reward == 1.0
+
+
 def cosine(max_length=10, correct=(1.0, 0.5), wrong=(0.0, -0.5)):
     options = {"max_length": max_length, "correct": list(correct), "wrong": list(wrong)}
     return RewardConfig("cosine", options=options)
