@@ -23,7 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rest, overrides = _split_overrides(sys.argv[1:] if argv is None else list(argv))
         arguments = _parser().parse_args(rest)
-        if overrides and arguments.command not in ("train", "eval", "serve", "quickstart"):
+        takes_options = arguments.command in ("train", "eval", "serve", "quickstart") or getattr(
+            arguments, "plan", None
+        )
+        if overrides and not takes_options:
             raise config.ConfigError(f"{arguments.command} takes no --{overrides[0][0]}")
         arguments.argv = rest
         return _run(arguments, overrides)
@@ -35,11 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _takes_options(arguments: argparse.Namespace) -> bool:
+    if arguments.command == "doctor":
+        return arguments.plan is not None
+    return arguments.command in ("train", "eval", "serve", "quickstart")
+
+
 def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     if arguments.command == "doctor":
-        from aapo_fast.cli.doctor import doctor
-
-        return doctor()
+        return _doctor(arguments, overrides)
     if arguments.command == "bench":
         return bench.run(arguments)
     from aapo_fast.cli import commands
@@ -54,6 +61,19 @@ def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
     resume = [("run.resume", "true")] if getattr(arguments, "resume", False) else []
     settings = config.load(path, [*overrides, *resume])
     return commands.train(settings, str(path), overrides)
+
+
+def _doctor(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    if arguments.plan is None:
+        from aapo_fast.cli.doctor import doctor
+
+        return doctor()
+    settings = config.load(arguments.plan, overrides)
+    from aapo_fast.cli import commands  # says what is missing, where something is
+    from aapo_fast.cli.plan import show_plan
+
+    assert commands
+    return show_plan(settings, arguments.gpu, arguments.memory_gib)
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
@@ -149,7 +169,14 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=8000)
 
     bench.add_parser(commands)
-    commands.add_parser("doctor", help="what is installed, which implementation will run, and why not the others")
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is installed, which implementation will run, and why not the others; what a config will take",
+        epilog="Example: aapo-fast doctor --plan CONFIG.toml --gpu h200 --lora.rank 32; with --plan, options of train.",
+    )
+    doctor.add_argument("--plan", type=Path, metavar="CONFIG.toml", help="memory and step time of a run, by arithmetic")
+    doctor.add_argument("--gpu", default="h100", metavar="NAME", help="a100, h100 (default) or h200")
+    doctor.add_argument("--memory-gib", type=float, metavar="X", help="of a GPU with another memory")
     quickstart = commands.add_parser(
         "quickstart",
         help="teach a small language model to add, on a CPU, in minutes",
