@@ -109,7 +109,7 @@ def _show(
             rows.append([first[0], measure, *_cells(estimate), *first[1:]])
             first = ["", "", ""]
     headings = ("problems", "", "accuracy", f"{CONFIDENCE:.0%} interval", "cut off", "tokens")
-    display.table(f"{config.model.path}, {config.eval.samples} samples a problem", headings, rows)
+    display.table(f"{config.model.path}, {config.eval.samples} samples a problem", headings, rows, numbers=(2, 3, 4, 5))
     if len(summaries) > 1:
         for measure, values in _by_measure(summaries).items():
             display.note(f"average of {len(values)} benchmarks, {measure}: {sum(values) / len(values):.3f}")

@@ -30,14 +30,16 @@ def show_plan(config: Config, device: str, memory_gib: float | None) -> int:
     parts, times = plan.memory(config, shape, gpu), plan.seconds(config, shape, gpu)
     display = Display()
     display.note(f"{config.model.path}: {shape.parameters:,} parameters, {shape.trained:,} of them trained")
-    display.table("memory, GiB", ("", "GiB", "when", "", "how"), [_row(p, f"{p.amount / 2**30:.2f}") for p in parts])
+    rows = [_row(part, f"{part.amount / 2**30:.2f}") for part in parts]
+    display.table("memory", ("", "GiB", "when", "", "how"), rows, numbers=(1,))
     needed, there = plan.peak(parts), gpu.memory_bytes - RESERVED_BYTES
     largest = max(parts, key=lambda part: part.amount)
     display.note(
         f"at most {needed / 2**30:.1f} GiB at once of {there / 2**30:.1f} ({gpu.name}, less 1 for CUDA); "
         f"most of it: {largest.name}"
     )
-    display.table("a step, seconds", ("", "s", "when", "", "how"), [_row(p, f"{p.amount:.1f}") for p in times])
+    rows = [_row(part, f"{part.amount:.1f}") for part in times]
+    display.table("a step at most", ("", "s", "when", "", "how"), rows, numbers=(1,))
     if needed <= there:
         return 0
     display.note(f"it does not fit: {_remedy(config, shape, parts, there)}")

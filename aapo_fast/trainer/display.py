@@ -65,11 +65,11 @@ class Display:
             f"  {seconds:.1f} s" + ("" if record["finite"] else "  SKIPPED: non-finite gradient")
         )
 
-    def table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Plain cells under headings, the first column to the left."""
+    def table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> None:
+        """Plain cells under headings; ``numbers`` are the columns that go to the right."""
         table = Table(title=title, title_justify="left")
         for index, heading in enumerate(headings):
-            table.add_column(heading, justify="right" if index else "left", overflow="fold")
+            table.add_column(heading, justify="right" if index in numbers else "left", overflow="fold")
         for row in rows:
             table.add_row(*(_escape(cell) for cell in row))
         self.console.print(table)

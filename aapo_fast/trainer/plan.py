@@ -63,12 +63,14 @@ class Shape:
 
     Attributes:
         parameters, trained: P, P'; tied ones once.
+        embeddings: those of P in the input embedding and the head.
         tensors: trained ones, counted.
         layers, hidden, intermediate, attention, key_value, vocab: L, H, I, A, K, V.
     """
 
     parameters: int
     trained: int
+    embeddings: int
     tensors: int
     layers: int
     hidden: int
@@ -97,7 +99,7 @@ def read_shape(config: Config) -> Shape:
     """
     model: Any = load_shape(config.model.path)
     plain = model.config.get_text_config()
-    head = model.get_output_embeddings().weight
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     if config.lora.rank:
         model = add_adapter(model, config.lora.rank, config.lora.alpha, config.lora.target_modules)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -105,6 +107,7 @@ def read_shape(config: Config) -> Shape:
     return Shape(
         parameters=sum(p.numel() for p in model.parameters()),
         trained=sum(p.numel() for p in trained),
+        embeddings=head.numel() + (0 if embedding is head else embedding.numel()),
         tensors=len(trained),
         layers=plain.num_hidden_layers,
         hidden=plain.hidden_size,
@@ -218,19 +221,18 @@ def seconds(config: Config, shape: Shape, gpu: GPU) -> list[Part]:
     if config.rollout.engine != "vllm_server":
         parts.append(_generation(config, shape, gpu, completions * times, length))
     flops = train_flops(config, shape, tokens, length)
-    rate = gpu.fp32_flops * TRAIN_EFFICIENCY
-    formula = f"{flops:.3g} FLOP at {TRAIN_EFFICIENCY:g} of {gpu.fp32_flops / 1e12:g} TFLOP/s (float32)"
-    parts.append(Part("train", flops / rate, "estimate", "training", formula))
+    single, half = (flops / (rate * TRAIN_EFFICIENCY) for rate in (gpu.fp32_flops, gpu.bf16_flops))
+    formula = f"{flops:.3g} FLOP at {TRAIN_EFFICIENCY:g} of {gpu.fp32_flops / 1e12:g} TFLOP/s (float32, as now"
+    parts.append(Part("train", single, "estimate", "training", f"{formula}; {half:.0f} s at the rate of bfloat16)"))
     return parts
 
 
 def train_flops(config: Config, s: Shape, tokens: int, length: int) -> float:
-    """Of forward and backward: 6 a token and parameter outside the embedding, 4 where the weights are frozen (Kaplan et
+    """Of forward and backward: 6 a token and parameter of the layers, 4 where the weights are frozen (Kaplan et
     al., arXiv 2001.08361, section 2.1), 6 A a token, layer and key before it for the causal half of attention, and the
     head's 6 N H V (exact; a third of it with sparse rows). T counts a prompt once.
     """
-    layers = s.parameters - s.vocab * s.hidden
-    matrices = (4 if config.lora.rank else 6) * layers * tokens
+    matrices = (4 if config.lora.rank else 6) * (s.parameters - s.embeddings) * tokens
     attention = 6 * s.attention * s.layers * length * tokens
     head = (2 if config.loss.backward == "sparse" else 6) * tokens * s.hidden * s.vocab
     return float(matrices + attention + head)

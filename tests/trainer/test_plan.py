@@ -102,10 +102,10 @@ def test_activations_are_within_a_tenth_of_what_autograd_keeps(tmp_path, prompt,
 @pytest.mark.parametrize(("rows", "vocab"), [(512, 32768), (2048, 32768), (1024, 98304)])
 def test_the_heads_buffer_is_what_a_child_process_takes(rows, vocab):
     case = Case(Head("wide", 64, vocab), rows, "float32", "model-like")
-    found = measured.peak_on_cpu(case, "exact-torch", seed=0)
+    found = measured.peak_on_cpu(case, "exact:torch", seed=0)
     if found is None:
         pytest.skip("this kernel does not reset the peak of the resident set")
-    shape = plan.Shape(0, 0, 0, 1, 64, 1, 64, 64, vocab)
+    shape = plan.Shape(0, 0, 0, 0, 1, 64, 1, 64, 64, vocab)
     planned = plan.head_buffer_bytes(rows, shape, on_gpu=False)
     # Beside the buffer: the row kernels' temporaries, in plain PyTorch a few blocks of rows in cache.
     assert planned <= found <= planned + 64 * 2**20
@@ -113,19 +113,21 @@ def test_the_heads_buffer_is_what_a_child_process_takes(rows, vocab):
 
 def test_the_heads_buffer_on_a_gpu_stays_below_its_limit():
     for vocab in (49152, 151936, 256000):
-        shape = plan.Shape(0, 0, 0, 1, 64, 1, 64, 64, vocab)
+        shape = plan.Shape(0, 0, 0, 0, 1, 64, 1, 64, 64, vocab)
         assert 0.4 * 2**30 < plan.head_buffer_bytes(8192, shape, on_gpu=True) < 2**30
 
 
-def test_flops_of_a_run_are_those_that_torch_counts(tmp_path):
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_of_a_run_are_those_that_torch_counts(tmp_path, tied):
     """Forward and backward of a padded batch, materialised logits: by torch's own counter."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, attn_implementation="eager"))
+    changes = {"vocab_size": 2000, "tie_word_embeddings": tied}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | changes, attn_implementation="eager"))
     ids = torch.randint(0, 30, (2, 256))
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    settings = make(save(tmp_path))
+    settings = make(save(tmp_path, **changes))
     planned = plan.train_flops(settings, plan.read_shape(settings), 512, 256)
     # Eager attention computes the half above the diagonal, too: 6 A a token, layer and key once more.
     whole_square = 6 * 256 * 3 * 256 * 512
