@@ -130,8 +130,8 @@ def test_math_verify():
 def test_math_verify_takes_what_is_in_the_box():
     with scorer("math_verify") as s:
         problem = support.problem(answer="42")
-        assert s.score(problem, r"The final answer is $7$, no: $\boxed{42}$.").reward == 1.0
-        assert s.score(problem, r"The final answer is $42$, no: $\boxed{7}$.").reward == 0.0
+        assert s.score(problem, r"The answer is $\boxed{42}$. So the final answer is $7$.").reward == 1.0
+        assert s.score(problem, r"The answer is $\boxed{7}$. So the final answer is $42$.").reward == 0.0
 
 
 def test_a_gold_solution_is_read_for_its_box():
