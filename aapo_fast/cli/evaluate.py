@@ -12,7 +12,7 @@ from typing import Any
 from aapo_fast.config import Config, ConfigError, LoraConfig
 from aapo_fast.data.tasks import load_all, load_held_out
 from aapo_fast.rewards.scorer import Scorer
-from aapo_fast.trainer.benchmark import Evaluation, Summary, as_json, identify
+from aapo_fast.trainer.benchmark import Benchmark, Summary, as_json, identify
 from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.engine import engine_version, make_engine
 from aapo_fast.trainer.estimators import CONFIDENCE, RESAMPLES, Estimate
@@ -57,8 +57,8 @@ def evaluate(configs: Mapping[str, Config], every_row: bool, output: Path | None
         for name, config in configs.items():
             version = engine_version(config, policy.device)
             identity = identify(problems[name], config, fingerprint, version, scorers[name].version())
-            evaluation = Evaluation(problems[name], config, folder / f"{name}-{identity}.jsonl")
-            summaries[name] = _run(name, evaluation, engine, scorers[name], display)
+            benchmark = Benchmark(problems[name], config, folder / f"{name}-{identity}.jsonl")
+            summaries[name] = _run(name, benchmark, engine, scorers[name], display)
     _show(summaries, problems, first, display)
     return 0
 
@@ -74,12 +74,12 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _run(name: str, evaluation: Evaluation, engine: RolloutEngine, scorer: Scorer, display: Display) -> Summary:
-    total, missing = len(evaluation.problems), evaluation.missing()
+def _run(name: str, benchmark: Benchmark, engine: RolloutEngine, scorer: Scorer, display: Display) -> Summary:
+    total, missing = len(benchmark.problems), benchmark.missing()
     there = f", {total - missing} of them there already" if missing < total else ""
-    display.note(f"{name}: {total} problems{there}; completions are kept in {evaluation.file}")
-    summary = evaluation.run(engine, scorer, lambda what: display.progress(f"{name}, {what}"))
-    config = evaluation.config
+    display.note(f"{name}: {total} problems{there}; completions are kept in {benchmark.file}")
+    summary = benchmark.run(engine, scorer, lambda what: display.progress(f"{name}, {what}"))
+    config = benchmark.config
     result = {
         "name": name,
         "model": config.model.path,
@@ -94,7 +94,7 @@ def _run(name: str, evaluation: Evaluation, engine: RolloutEngine, scorer: Score
         "rewards": [asdict(reward) for reward in config.rewards],
     }
     text = json.dumps(result, indent=2, default=str, ensure_ascii=False)
-    evaluation.file.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    benchmark.file.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     return summary
 
 

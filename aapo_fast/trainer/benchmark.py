@@ -69,8 +69,8 @@ class Summary:
     completions: int
 
 
-class Evaluation:
-    """One evaluation and its file of completions.
+class Benchmark:
+    """A model on one set of problems, and the file of its completions.
 
     Args:
         problems: what is asked.

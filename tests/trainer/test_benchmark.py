@@ -10,7 +10,7 @@ import support
 from aapo_fast import config
 from aapo_fast.rewards.scorer import Scorer
 from aapo_fast.rollout.hf import HFEngine
-from aapo_fast.trainer.benchmark import Evaluation, Scored, as_json, identify
+from aapo_fast.trainer.benchmark import Benchmark, Scored, as_json, identify
 from aapo_fast.trainer.estimators import pass_at_k
 from aapo_fast.types import UserError
 
@@ -43,9 +43,9 @@ def make(tmp_path, reward="reward_functions:starts_with_answer", **changes):
 
 
 def run(problems, settings, file, engine=None):
-    evaluation = Evaluation(problems, settings, file)
+    benchmark = Benchmark(problems, settings, file)
     with Scorer(settings.rewards, settings.scoring) as scorer:
-        return evaluation.run(engine or Counting(), scorer, silent)
+        return benchmark.run(engine or Counting(), scorer, silent)
 
 
 def test_the_summary_is_that_of_the_completions_in_the_file(tmp_path):
@@ -103,7 +103,7 @@ def test_failures_are_counted_and_left_out_and_never_wrong(tmp_path):
     assert summary.greedy.value == summary.pass_at[1].value == 1.0
     assert summary.pass_at[4].problems < summary.pass_at[1].problems <= 10
     # Kept as failures, too: what is read back counts them again.
-    assert Evaluation(problems, settings, tmp_path / "e.jsonl").summary() == summary
+    assert Benchmark(problems, settings, tmp_path / "e.jsonl").summary() == summary
 
 
 def test_a_grader_that_always_fails_gives_no_accuracy(tmp_path):
@@ -126,7 +126,7 @@ def test_another_file_is_refused(tmp_path, line):
     problems, settings = make(tmp_path)
     (tmp_path / "e.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match=r"e.jsonl holds no completions of an evaluation; move it away"):
-        Evaluation(problems, settings, tmp_path / "e.jsonl")
+        Benchmark(problems, settings, tmp_path / "e.jsonl")
 
 
 def test_what_decides_the_completions_decides_the_name(tmp_path):
@@ -154,12 +154,12 @@ def test_what_decides_the_completions_decides_the_name(tmp_path):
 
 def test_right_is_what_the_config_calls_right(tmp_path):
     problems, settings = make(tmp_path)
-    evaluation = Evaluation(problems[:2], settings, tmp_path / "e.jsonl")
+    benchmark = Benchmark(problems[:2], settings, tmp_path / "e.jsonl")
     values = [[1.0, 0.4, None, 0.0], [0.0, 0.0, 0.0, 0.0]]
-    evaluation.drawn["sampled"] = {
+    benchmark.drawn["sampled"] = {
         i: [Scored("", v, None if v is not None else "broken", 1, "stop") for v in row] for i, row in enumerate(values)
     }
-    found = evaluation.summary().pass_at
+    found = benchmark.summary().pass_at
     assert found[1].value == pytest.approx((1 / 3 + 0) / 2) and found[1].problems == 2
     assert found[2].value == pytest.approx((2 / 3 + 0) / 2)
     assert found[4].value == 0.0 and found[4].problems == 1  # of three scored completions there is no pass@4
