@@ -123,3 +123,13 @@ def tiny_run(tmp_path, tiny_model, **changes):
         else:
             tree.setdefault(layer, {})[name] = value
     return tree
+
+
+def toml(tree):
+    """Just enough TOML for the tests' configs."""
+    lines = []
+    for layer, values in tree.items():
+        for entry in values if isinstance(values, list) else [values]:
+            lines.append(f"[[{layer}]]" if isinstance(values, list) else f"[{layer}]")
+            lines += [f"{key} = {json.dumps(value)}" for key, value in entry.items()]
+    return "\n".join(lines)

@@ -1,15 +1,57 @@
 """What a config refuses, each by its message; and overrides."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from aapo_fast import config
 from aapo_fast.cli import QUICKSTART
+
+COSINE = {
+    "rewards.0.function": "cosine",
+    "rewards.0.options.max_length": "100",
+    "rewards.0.options.correct": "[1.0, 0.5]",
+    "rewards.0.options.wrong": "[0, -0.5]",
+}
 
 
 def test_the_quickstart_is_a_config_and_survives_a_round_trip():
     loaded = config.load(QUICKSTART)
     assert loaded.rollout.stop == ["\n"] and loaded.rewards[0].extract == r"-?\d+"
     assert config.parse(config.to_dict(loaded)) == loaded
+
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def test_there_are_the_papers_configs():
+    assert {path.name for path in CONFIGS.glob("*.toml")} >= {"aapo-1.5b.toml", "aapo-7b.toml"}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
+def test_every_config_loads_and_survives_a_round_trip(path):
+    loaded = config.load(path)
+    assert config.parse(config.to_dict(loaded)) == loaded
+    for name in config.benchmark_names():
+        config.load(path, (), name)
+
+
+@pytest.mark.parametrize(
+    ("completion", "right"),
+    [
+        ("", False),
+        ("a\n</think>\nb", True),
+        ("a</think>b", False),
+        ("a\n</think>\nb\n</think>\nc", False),
+        ("a\n</think>\n</think>\nb", True),
+        ("a\n" * 5000 + "</think>\n" + "b\n" * 5000, True),
+    ],
+)
+def test_the_papers_format_is_one_end_of_thought(completion, right):
+    pattern = config.load(CONFIGS / "aapo-1.5b.toml").rewards[0].pattern
+    assert (re.fullmatch(pattern, completion, re.DOTALL) is not None) is right
+    assert (completion.count("\n</think>\n") == 1) is right  # the authors' way of telling
 
 
 def test_overrides():
@@ -91,6 +133,11 @@ def test_every_option_is_documented():
         ({"rewards.0.pattern": "x"}, "rewards.0.pattern='x' goes with function='format'"),
         ({"rewards.0.function": "format"}, "rewards.0.pattern='' goes with function='format'"),
         ({"rewards.0.extract": "("}, "rewards.0.extract='(' is not a regular expression"),
+        ({"rewards.0.options.max_length": "9"}, "rewards.0.options={'max_length': 9} goes with function='cosine'"),
+        ({"rewards.0.function": "cosine"}, "rewards.0.options has []; function='cosine' wants max_length, correct"),
+        (COSINE | {"rewards.0.options.max_length": "0"}, "rewards.0.options.max_length=0 must be a number of"),
+        (COSINE | {"rewards.0.options.wrong": "[1]"}, "rewards.0.options.wrong=[1] must be [reward at length 0,"),
+        ({"data.system_prompt": "be brief"}, "data.system_prompt needs data.chat_template=true"),
         ({"rewards.3.weight": "1"}, "'3' is not one of the 1 entries"),
         ({"rewards": "[]"}, "rewards is empty"),
         ({"train": "3"}, "train=3 must be a table"),

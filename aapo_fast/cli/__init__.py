@@ -23,7 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rest, overrides = _split_overrides(sys.argv[1:] if argv is None else list(argv))
         arguments = _parser().parse_args(rest)
-        if overrides and arguments.command not in ("train", "eval", "serve", "quickstart"):
+        takes_options = arguments.command in ("train", "eval", "serve", "quickstart") or getattr(
+            arguments, "plan", None
+        )
+        if overrides and not takes_options:
             raise config.ConfigError(f"{arguments.command} takes no --{overrides[0][0]}")
         arguments.argv = rest
         return _run(arguments, overrides)
@@ -35,11 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _takes_options(arguments: argparse.Namespace) -> bool:
+    if arguments.command == "doctor":
+        return arguments.plan is not None
+    return arguments.command in ("train", "eval", "serve", "quickstart")
+
+
 def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     if arguments.command == "doctor":
-        from aapo_fast.cli.doctor import doctor
-
-        return doctor()
+        return _doctor(arguments, overrides)
     if arguments.command == "bench":
         return bench.run(arguments)
     from aapo_fast.cli import commands
@@ -48,12 +55,34 @@ def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
         return commands.plot(arguments.run)
     if arguments.command == "serve":
         return commands.serve(config.load(arguments.config, overrides), arguments.host, arguments.port)
+    if arguments.command == "eval":
+        return _evaluate(arguments, overrides)
     path = QUICKSTART if arguments.command == "quickstart" else arguments.config
     resume = [("run.resume", "true")] if getattr(arguments, "resume", False) else []
     settings = config.load(path, [*overrides, *resume])
-    if arguments.command == "eval":
-        return commands.evaluate(settings, arguments.output)
     return commands.train(settings, str(path), overrides)
+
+
+def _doctor(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    if arguments.plan is None:
+        from aapo_fast.cli.doctor import doctor
+
+        return doctor()
+    settings = config.load(arguments.plan, overrides)
+    from aapo_fast.cli import commands  # says what is missing, where something is
+    from aapo_fast.cli.plan import show_plan
+
+    assert commands
+    return show_plan(settings, arguments.gpu, arguments.memory_gib)
+
+
+def _evaluate(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    wanted = [name for name in arguments.benchmarks.split(",") if name]
+    names = {name.partition("=")[0]: name for name in wanted} or {"all" if arguments.all else "held-out": ""}
+    configs = {name: config.load(arguments.config, overrides, benchmark) for name, benchmark in names.items()}
+    from aapo_fast.cli.evaluate import evaluate
+
+    return evaluate(configs, every_row=arguments.all or bool(wanted), output=arguments.output)
 
 
 def _split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -95,14 +124,30 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser(
         "eval",
-        help="held-out accuracy of a model",
-        description="Greedy and sampled accuracy of a model on the held-out problems of a config.",
-        epilog="Example: aapo-fast eval CONFIG.toml --model.path runs/mine/model\n\nTakes the options of train.",
+        help="pass@k and greedy accuracy of a model, with intervals",
+        description=(
+            "Greedy accuracy and pass@k of a model, with bootstrap intervals: on the held-out problems of a config,\n"
+            "on every row of its data, or on benchmarks. Completions are kept as they come; the same command goes on\n"
+            "from them."
+        ),
+        epilog=(
+            f"Benchmarks: {', '.join(config.benchmark_names())}\n\nExamples:\n"
+            "  aapo-fast eval CONFIG.toml --model.path runs/mine/model\n"
+            "  aapo-fast eval CONFIG.toml --benchmarks aime24,math500=math500.parquet --eval.samples 16\n"
+            "  aapo-fast eval CONFIG.toml --all --data.source test.jsonl\n\nTakes the options of train."
+        ),
         formatter_class=raw,
     )
     evaluate.add_argument("config", type=Path, metavar="CONFIG.toml")
     evaluate.add_argument(
-        "--output", type=Path, metavar="FILE.json", help="write accuracy, greedy completions and rewards"
+        "--benchmarks",
+        default="",
+        metavar="NAME[=SOURCE],...",
+        help="their data, prompts, graders and sampling, not the config's; SOURCE reads a copy of the data",
+    )
+    evaluate.add_argument("--all", action="store_true", help="every row of data.source, not data.held_out of them")
+    evaluate.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="for completions and results (default: evals in run.folder)"
     )
 
     plot = commands.add_parser("plot", help="draw the learning curve of a run")
@@ -124,7 +169,14 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=8000)
 
     bench.add_parser(commands)
-    commands.add_parser("doctor", help="what is installed, which implementation will run, and why not the others")
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is installed, which implementation will run, and why not the others; what a config will take",
+        epilog="Example: aapo-fast doctor --plan CONFIG.toml --gpu h200 --lora.rank 32; with --plan, options of train.",
+    )
+    doctor.add_argument("--plan", type=Path, metavar="CONFIG.toml", help="memory and step time of a run, by arithmetic")
+    doctor.add_argument("--gpu", default="h100", metavar="NAME", help="a100, h100 (default) or h200")
+    doctor.add_argument("--memory-gib", type=float, metavar="X", help="of a GPU with another memory")
     quickstart = commands.add_parser(
         "quickstart",
         help="teach a small language model to add, on a CPU, in minutes",

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import math
 import os
 import secrets
 import shlex
 import socket
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 
-from aapo_fast.config import Config, ConfigError
+from aapo_fast.config import Config
 from aapo_fast.types import UserError
 
 try:
     import transformers
 
-    from aapo_fast.data.tasks import load_problems
-    from aapo_fast.rewards.scorer import Scorer
     from aapo_fast.rollout.vllm import process
     from aapo_fast.rollout.vllm.guard import KEY_VARIABLE
     from aapo_fast.trainer import loop
     from aapo_fast.trainer.curve import plot_run
     from aapo_fast.trainer.display import Display
-    from aapo_fast.trainer.engine import engine_settings, make_engine
-    from aapo_fast.trainer.evaluate import evaluate as run_evaluation
-    from aapo_fast.trainer.policy import Policy, resolve_device
-    from aapo_fast.trainer.records import CURVE, without_nan
-    from aapo_fast.trainer.setup import sampling_params
+    from aapo_fast.trainer.engine import engine_settings
+    from aapo_fast.trainer.policy import resolve_device
+    from aapo_fast.trainer.records import CURVE
 except ModuleNotFoundError as error:
     raise UserError(f"the package {error.name} is missing; run: pip install 'aapo-fast[train]'") from error
 
@@ -73,38 +66,6 @@ def _retyped(config_path: str, overrides: Sequence[tuple[str, str]], *changes: t
     """The arguments of this run, with some settings changed."""
     settings = {key: value for key, value in [*overrides, *changes] if key != "run.resume"}
     return " ".join([shlex.quote(config_path), *(f"--{key} {shlex.quote(value)}" for key, value in settings.items())])
-
-
-def evaluate(config: Config, output: Path | None) -> int:
-    """Held-out accuracy of the model that [model] names."""
-    if not config.data.held_out:
-        raise ConfigError("data.held_out=0: there is nothing to evaluate on")
-    if output is not None:
-        try:
-            output.touch()  # now, not after minutes of evaluation
-        except OSError as error:
-            raise UserError(f"--output {output} cannot be written: {error.strerror or error}") from error
-    display = Display()
-    with Scorer(config.rewards, config.scoring) as scorer:
-        policy = Policy.from_config(config.model, config.rollout.temperature)
-        problems = load_problems(config.data, policy.tokenizer, config.run.seed).held_out
-        scorer.check(problems)
-        engine = make_engine(config, policy, Path(config.run.folder), display)
-        with closing(engine), display.progress("evaluating") as progress:
-            result = run_evaluation(engine, scorer, problems, config.eval, sampling_params(config), progress)
-        sampled = "" if math.isnan(result.sampled) else f", sampled {result.sampled:.3f}"
-        display.note(f"{config.model.path}: greedy {result.greedy:.3f}{sampled} on {len(problems)} held-out problems")
-        if result.failures:
-            display.note(f"{result.failures} completions had no reward and were left out")
-        display.completions("Greedy completions", problems[:4], {"completion": result.samples[:4]})
-        if output is not None:
-            lines = [
-                {"prompt": p.prompt, "completion": s.text, "answer": p.columns["answer"], "reward": value}
-                for p, s, value in zip(problems, result.samples, result.values, strict=True)
-            ]
-            content = {"greedy_accuracy": result.greedy, "sampled_accuracy": result.sampled, "greedy": lines}
-            output.write_text(json.dumps(without_nan(content), indent=2, default=str) + "\n", encoding="utf-8")
-    return 0
 
 
 def serve(config: Config, host: str, port: int) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aapo_fast.config.benchmarks import apply_benchmark, benchmark_names
 from aapo_fast.config.build import ConfigError, build, override, read_toml, type_name
 from aapo_fast.config.checks import check
 from aapo_fast.config.layers import (
@@ -48,6 +49,7 @@ __all__ = [
     "EvalConfig",
     "CheckpointConfig",
     "Config",
+    "benchmark_names",
     "describe",
     "flatten",
     "load",
@@ -56,13 +58,16 @@ __all__ = [
 ]
 
 
-def load(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
-    """Read a TOML file, apply dotted overrides (``("train.steps", "20")``), check everything.
+def load(path: str | Path, overrides: Sequence[tuple[str, str]] = (), benchmark: str = "") -> Config:
+    """Read a TOML file, put a benchmark's data, rewards and sampling in the place of its own (``NAME`` or
+    ``NAME=SOURCE``, see ``config.benchmarks``), apply dotted overrides (``("train.steps", "20")``), check everything.
 
     Raises:
         ConfigError: one line that names the file or key, the value, and what would be right.
     """
     tree = read_toml(Path(path))
+    if benchmark:
+        tree = apply_benchmark(tree, benchmark)
     for key, text in overrides:
         override(tree, key, text)
     return parse(tree)

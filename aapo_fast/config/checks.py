@@ -136,6 +136,8 @@ def _check_combinations(c: Config) -> None:
         raise ConfigError(f"train.warmup_steps={c.train.warmup_steps} must be below train.steps={c.train.steps}")
     if c.eval.every and not c.data.held_out:
         raise ConfigError(f"eval.every={c.eval.every} needs problems to evaluate on; set data.held_out above 0")
+    if c.data.system_prompt and not c.data.chat_template:
+        raise ConfigError("data.system_prompt needs data.chat_template=true, which is what gives messages their form")
     if any(not s for s in c.rollout.stop):
         raise ConfigError("rollout.stop has an empty string, which would end every completion at once")
 
@@ -144,16 +146,17 @@ def _check_rewards(rewards: Sequence[RewardConfig]) -> None:
     if not rewards:
         raise ConfigError("rewards is empty; give at least one [[rewards]] entry")
     for index, reward in enumerate(rewards):
-        builtin = reward.function in ("reasoning_gym", "math_verify", "format")
+        builtin = reward.function in ("reasoning_gym", "math_verify", "format", "cosine")
         if not builtin and reward.function.count(":") != 1:
             raise ConfigError(
                 f"rewards.{index}.function={reward.function!r} must be reasoning_gym, math_verify, format, "
-                "or module:function"
+                "cosine, or module:function"
             )
         if (reward.function == "format") != bool(reward.pattern):
             raise ConfigError(
                 f"rewards.{index}.pattern={reward.pattern!r} goes with function='format', and only with that"
             )
+        _check_reward_options(f"rewards.{index}.options", reward)
         for name, expression in (("extract", reward.extract), ("pattern", reward.pattern)):
             try:
                 re.compile(expression)
@@ -161,3 +164,23 @@ def _check_rewards(rewards: Sequence[RewardConfig]) -> None:
                 raise ConfigError(
                     f"rewards.{index}.{name}={expression!r} is not a regular expression: {error}"
                 ) from error
+
+
+def _check_reward_options(key: str, reward: RewardConfig) -> None:
+    options = reward.options
+    if reward.function != "cosine":
+        if options:
+            raise ConfigError(f"{key}={options!r} goes with function='cosine', and only with that")
+        return
+    if set(options) != {"max_length", "correct", "wrong"}:
+        raise ConfigError(f"{key} has {sorted(options)}; function='cosine' wants max_length, correct and wrong")
+    if not _is_number(options["max_length"]) or options["max_length"] <= 0:
+        raise ConfigError(f"{key}.max_length={options['max_length']!r} must be a number of characters above 0")
+    for name in ("correct", "wrong"):
+        ends = options[name]
+        if not isinstance(ends, list) or len(ends) != 2 or not all(map(_is_number, ends)):
+            raise ConfigError(f"{key}.{name}={ends!r} must be [reward at length 0, reward at max_length]")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

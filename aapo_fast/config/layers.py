@@ -90,6 +90,7 @@ class DataConfig:
     options: dict[str, Any] = option({}, "task options (reasoning_gym) or load_dataset arguments (hub)")
     template: str = option("{question}", "prompt; {column} inserts a column, for reasoning_gym also its metadata")
     chat_template: bool = option(False, "wrap the prompt as a user message in the tokenizer's chat template")
+    system_prompt: str = option("", "system message before the user's, with chat_template = true; empty: none")
     answer_column: str = option("answer", "column with the right answer; renamed to 'answer' for the rewards")
     size: int = option(1000, "training problems to make (reasoning_gym) or to read at most (files, hub)")
     held_out: int = option(64, "problems set aside for evaluation; training never sees their prompts")
@@ -100,10 +101,16 @@ class DataConfig:
 class RewardConfig:
     """[[rewards]] one entry a reward function; a completion's reward is their weighted sum."""
 
-    function: str = option("reasoning_gym", "reasoning_gym, math_verify, format, or module:function of your own")
+    function: str = option(
+        "reasoning_gym", "reasoning_gym, math_verify, format, cosine, or module:function of your own"
+    )
     weight: float = option(1.0, "factor in the sum")
     extract: str = option("", "regular expression; the reward sees its first match in the completion (group 1 if any)")
     pattern: str = option("", "for function = 'format': the regular expression the whole completion must match")
+    options: dict[str, Any] = option(
+        {},
+        "for function = 'cosine': max_length (characters), correct and wrong (each [at length 0, at max_length])",
+    )
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,23 @@ def load_problems(config: DataConfig, tokenizer: Any, seed: int) -> Problems:
     Raises:
         DataError: a row, named by file and number, that lacks a column or is too long; too few problems.
     """
+    held_out = load_held_out(config, tokenizer)
+    seen = {problem.prompt for problem in held_out}
+    train = [
+        problem
+        for row, columns in _rows(config, seed=seed + 1, what="training")
+        if (problem := _problem(config, tokenizer, row, columns)).prompt not in seen
+    ]
+    if not train:
+        raise DataError(
+            f"data.source={config.source!r} has no training problem beside the {config.held_out} held out; "
+            "lower data.held_out or raise data.size"
+        )
+    return Problems(train[: config.size], held_out)
+
+
+def load_held_out(config: DataConfig, tokenizer: Any) -> list[Problem]:
+    """The held-out problems alone, which need no others beside them. Errors as in ``load_problems``."""
     held_out: list[Problem] = []
     seen: set[str] = set()
     # Generated tasks repeat themselves; ten times as many as asked for is a task that has run out of new problems.
@@ -54,17 +71,18 @@ def load_problems(config: DataConfig, tokenizer: Any, seed: int) -> Problems:
             f"data.source={config.source!r} has only {len(held_out)} different prompts; "
             f"lower data.held_out={config.held_out}"
         )
-    train = [
-        problem
-        for row, columns in _rows(config, seed=seed + 1, what="training")
-        if (problem := _problem(config, tokenizer, row, columns)).prompt not in seen
-    ]
-    if not train:
-        raise DataError(
-            f"data.source={config.source!r} has no training problem beside the {config.held_out} held out; "
-            "lower data.held_out or raise data.size"
-        )
-    return Problems(train[: config.size], held_out)
+    return held_out
+
+
+def load_all(config: DataConfig, tokenizer: Any) -> list[Problem]:
+    """Every row of a file or hub data set, in its order: a benchmark. Errors as in ``load_problems``."""
+    if config.source.startswith(REASONING_GYM):
+        raise DataError(f"data.source={config.source!r} has no last problem; evaluate on data.held_out of them")
+    rows = _hub_rows(config) if config.source.startswith(HUB) else _file_rows(config.source)
+    problems = [_problem(config, tokenizer, row, columns) for row, columns in rows]
+    if not problems:
+        raise DataError(f"data.source={config.source!r} has no rows")
+    return problems
 
 
 def order(num_problems: int, num_draws: int, seed: int) -> list[int]:
@@ -143,7 +161,9 @@ def _hub_rows(config: DataConfig) -> Iterator[Row]:
     try:
         dataset = datasets.load_dataset(name, **arguments)
     except Exception as error:  # the library raises a dozen kinds, its own and its transports'
-        raise DataError(f"{_source(config)}: {_first_line(error)}") from error
+        raise DataError(
+            f"{_source(config)}: {_first_line(error)} (without a network give a copy: hub:FOLDER, .parquet or .jsonl)"
+        ) from error
     for index, row in enumerate(dataset):
         yield f"{name} {arguments['split']} row {index}", dict(row)
 
@@ -166,8 +186,9 @@ def _problem(config: DataConfig, tokenizer: Any, row: str, columns: Mapping[str,
     if config.chat_template:
         if not tokenizer.chat_template:
             raise DataError("data.chat_template=true, but the model's tokenizer has none; set it to false")
+        system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
         text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            [*system, {"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
     ids: Sequence[int] = tokenizer(text, add_special_tokens=not config.chat_template).input_ids
     if not ids:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from aapo_fast.models import attention
 from aapo_fast.models.head import check_head
@@ -47,6 +47,21 @@ def load_model(path: str, device: torch.device) -> tuple[Any, Any]:
     check_head(model)
     take_over_attention(model)
     return model, tokenizer
+
+
+def load_shape(path: str) -> Any:
+    """The model's layers without its weights, on the meta device: all of it that is read is its config.json.
+
+    Raises:
+        UserError: nothing there, or no causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model_source(path))
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f"model.path={path!r} cannot be loaded: {first_line}") from error
 
 
 def model_source(path: str) -> str:

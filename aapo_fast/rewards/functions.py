@@ -33,8 +33,13 @@ def load(config: RewardConfig) -> RewardFunction:
     """The function that [[rewards]] names. Raises whatever its import raises."""
     if config.function == "format":
         return _format(config.pattern)
+    if config.function in _PACKAGES:
+        importlib.import_module(_PACKAGES[config.function])  # now: no completion's time limit is for importing ...
+    if config.function in ("math_verify", "cosine"):
+        _math_verify(["1"], [""], answer=["1"])  # ... or for compiling math-verify's expressions
+    if config.function == "cosine":
+        return _cosine(**config.options)
     if config.function in _BUILTIN:
-        importlib.import_module(config.function)  # now: the time limit of the first completion is not for importing
         return _BUILTIN[config.function]
     module, name = config.function.split(":")
     return getattr(importlib.import_module(module), name)
@@ -72,9 +77,9 @@ def source_digest(config: RewardConfig) -> str:
     """What the function's code is, as far as that can be told without running it: a digest of its module's file, or the
     version of the package behind a built-in function.
     """
-    if config.function in _BUILTIN:
+    if config.function in _PACKAGES:
         try:
-            return version(config.function)
+            return version(_PACKAGES[config.function])
         except PackageNotFoundError:
             return ""
     if config.function == "format":
@@ -91,7 +96,7 @@ def source_digest(config: RewardConfig) -> str:
 
 def check_answer(config: RewardConfig, columns: Mapping[str, Any]) -> str | None:
     """What is wrong with the right answer of a data row, for this reward; None when it can be used."""
-    if config.function == "math_verify" and not _parse_gold(str(columns["answer"])):
+    if config.function in ("math_verify", "cosine") and not _parse_gold(str(columns["answer"])):
         return f"answer {columns['answer']!r} cannot be parsed by math_verify"
     if config.function == "reasoning_gym" and "source_dataset" not in (columns.get("metadata") or {}):
         return "there is no metadata.source_dataset; the reward reasoning_gym scores rows of a reasoning_gym source"
@@ -111,13 +116,19 @@ def _reasoning_gym(completions: list[str], prompts: list[str], **columns: list[A
 
 
 def _math_verify(completions: list[str], prompts: list[str], **columns: list[Any]) -> list[float]:
-    """1 if math-verify finds the completion's final answer equal to the gold answer, else 0."""
-    from math_verify import parse, verify
+    """1 if math-verify finds the completion's final answer equal to the gold answer, else 0.
+
+    What is in a box goes before every other form of a final answer, as in the graders of open-r1 and open-rs. Numbers
+    in e-notation are numbers; by itself math-verify takes the e of 4.5e33 for Euler's.
+    """
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     gold = _parse_gold(str(columns["answer"][0]))
+    forms = [ExprExtractionConfig(), LatexExtractionConfig(boxed_match_priority=0)]
     # No time limit of its own: ours ends the whole process, which a hanging simplification cannot ignore.
     return [
-        float(verify(gold, parse(completion, parsing_timeout=None), timeout_seconds=None)) for completion in completions
+        float(verify(gold, parse(text, extraction_config=forms, parsing_timeout=None), timeout_seconds=None))
+        for text in map(_in_powers_of_ten, completions)
     ]
 
 
@@ -127,7 +138,11 @@ def _parse_gold(gold: str) -> Any:
 
     # Bare LaTeX is only read as such between dollars; without, "\frac{1}{2}" would be read as the number 2.
     text = gold if "$" in gold or "\\boxed" in gold else f"${gold}$"
-    return parse(text, parsing_timeout=None)
+    return parse(_in_powers_of_ten(text), parsing_timeout=None)
+
+
+def _in_powers_of_ten(text: str) -> str:
+    return re.sub(r"(\d)[eE]([+-]?\d+)\b", r"\1 \\times 10^{\2}", text)
 
 
 def _format(pattern: str) -> RewardFunction:
@@ -140,4 +155,29 @@ def _format(pattern: str) -> RewardFunction:
     return matches
 
 
+def _cosine(max_length: float, correct: list[float], wrong: list[float]) -> RewardFunction:
+    """The length-scaled reward of Yeo et al., arXiv 2502.03373. Of a completion of n characters, n <= L = max_length:
+
+        r_L + (r_0 - r_L) (1 + cos(pi n / L)) / 2
+
+    with (r_0, r_L) = ``correct`` if ``_math_verify`` finds it right, else ``wrong``. The paper counts tokens; open-r1's
+    ``get_cosine_scaled_reward`` counts characters, as here, for a reward function sees text. Beyond L the reward stays
+    at r_L (there it would rise again with the cosine).
+    """
+
+    def scaled(completions: list[str], prompts: list[str], **columns: list[Any]) -> list[float]:
+        verdicts = _math_verify(completions, prompts, **columns)
+        rewards = []
+        for completion, verdict in zip(completions, verdicts, strict=True):
+            at_zero, at_end = correct if verdict else wrong
+            progress = min(1.0, len(completion) / max_length)
+            rewards.append(at_end + (at_zero - at_end) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+        return rewards
+
+    return scaled
+
+
 _BUILTIN: dict[str, RewardFunction] = {"reasoning_gym": _reasoning_gym, "math_verify": _math_verify}
+
+_PACKAGES = {"reasoning_gym": "reasoning_gym", "math_verify": "math_verify", "cosine": "math_verify"}
+"""What the built-in functions are computed by."""

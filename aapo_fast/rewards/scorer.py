@@ -20,7 +20,7 @@ from aapo_fast.rewards import functions
 from aapo_fast.types import DataError, Problem, Progress, UserError
 
 START_LIMIT_SECONDS = 120.0
-REWARD_VERSION = 1
+REWARD_VERSION = 2
 """Part of the key under which rewards are cached; raise it when a built-in reward changes its values."""
 
 
@@ -93,7 +93,7 @@ class Scorer:
         """
         for done, problem in enumerate(problems):
             for index, reward in enumerate(self.rewards):
-                if reward.function not in ("math_verify", "reasoning_gym"):
+                if reward.function not in ("math_verify", "cosine", "reasoning_gym"):
                     continue
                 wrong = self._ask("check", index, problem, "")
                 if wrong is not None:

@@ -65,6 +65,15 @@ class Display:
             f"  {seconds:.1f} s" + ("" if record["finite"] else "  SKIPPED: non-finite gradient")
         )
 
+    def table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> None:
+        """Plain cells under headings; ``numbers`` are the columns that go to the right."""
+        table = Table(title=title, title_justify="left")
+        for index, heading in enumerate(headings):
+            table.add_column(heading, justify="right" if index in numbers else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(_escape(cell) for cell in row))
+        self.console.print(table)
+
     def completions(self, title: str, problems: Sequence[Problem], columns: Mapping[str, Sequence[Sample]]) -> None:
         """Prompts beside completions, a column a moment in time."""
         table = Table(title=title, title_justify="left", show_lines=False)

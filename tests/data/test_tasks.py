@@ -62,6 +62,8 @@ def test_chat_template(tmp_path):
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}a:"
     problems = load_problems(DataConfig(source=str(rows), held_out=1, chat_template=True), tokenizer, 0)
     assert problems.held_out[0].prompt == "user: q0\na:"
+    config = DataConfig(source=str(rows), held_out=1, chat_template=True, system_prompt="be brief")
+    assert load_problems(config, tokenizer, 0).held_out[0].prompt == "system: be brief\nuser: q0\na:"
 
 
 def test_order_passes_over_all_problems_before_it_repeats():

@@ -127,6 +127,52 @@ def test_math_verify():
             s.check([half, support.problem(answer="", row="gsm.jsonl line 3")])
 
 
+def test_math_verify_takes_what_is_in_the_box():
+    with scorer("math_verify") as s:
+        problem = support.problem(answer="42")
+        assert s.score(problem, r"The answer is $\boxed{42}$. So the final answer is $7$.").reward == 1.0
+        assert s.score(problem, r"The answer is $\boxed{7}$. So the final answer is $42$.").reward == 0.0
+
+
+def test_a_gold_solution_is_read_for_its_box():
+    solution = r"Let $x = 5$, so that $y = 7$ and the point is $\boxed{\left(3, \frac{\pi}{2}\right)}$."
+    with scorer("math_verify") as s:
+        problem = support.problem(answer=solution)
+        s.check([problem])
+        assert s.score(problem, r"\boxed{(3, \pi/2)}").reward == 1.0
+        assert s.score(problem, r"\boxed{5}").reward == s.score(problem, r"\boxed{7}").reward == 0.0
+
+
+def test_e_notation_is_a_number():
+    with scorer("math_verify") as s:
+        problem = support.problem(answer=r"\boxed{4.5e33}")
+        right = (r"\boxed{4.5 \times 10^{33}}", "$4.5e33$", "$4.5E+33$")
+        assert [s.score(problem, text).reward for text in right] == [1.0] * 3
+        assert s.score(problem, r"\boxed{4.5 \times 10^{32}}").reward == 0.0
+        assert s.score(support.problem(answer="3e-05"), r"\boxed{0.00003}").reward == 1.0
+        assert s.score(support.problem(answer="2e^{3}"), r"\boxed{2e^3}").reward == 1.0
+
+
+def cosine(max_length=10, correct=(1.0, 0.5), wrong=(0.0, -0.5)):
+    options = {"max_length": max_length, "correct": list(correct), "wrong": list(wrong)}
+    return RewardConfig("cosine", options=options)
+
+
+def test_cosine_scales_with_the_length_from_one_end_to_the_other():
+    problem = support.problem(answer="4")
+    with scorer(cosine()) as s:
+        rewards = [s.score(problem, "4".rjust(n)).reward for n in (1, 5, 10, 11, 1000)]
+        assert rewards == pytest.approx([0.75 + 0.25 * math.cos(math.pi / 10), 0.75, 0.5, 0.5, 0.5])
+        rewards = [s.score(problem, "5".rjust(n)).reward for n in (1, 5, 10, 11)]
+        assert rewards == pytest.approx([-0.25 + 0.25 * math.cos(math.pi / 10), -0.25, -0.5, -0.5])
+        assert s.score(problem, "").reward == 0.0  # no answer is a wrong one, of length 0
+
+
+def test_cosine_refuses_a_gold_answer_that_it_cannot_read():
+    with scorer(cosine()) as s, pytest.raises(DataError, match=r"test row 1: answer '' cannot be parsed"):
+        s.check([support.problem(answer="")])
+
+
 def test_reasoning_gym():
     entry = {"question": "2 + 3", "metadata": {"source_dataset": "basic_arithmetic"}}
     with scorer("reasoning_gym", extract=r"-?\d+") as s:

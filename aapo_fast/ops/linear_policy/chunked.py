@@ -132,16 +132,7 @@ class Pass:
 
     def _allocate(self, num_rows: int, vocab: int) -> None:
         hidden, narrow = self.hidden, self.products.gradient_dtype
-        row_bytes = vocab * self.dtype.itemsize
-        if not hidden.is_cuda:
-            self.chunk_rows = even_parts(num_rows, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
-            self.panel_rows = self.chunk_rows
-        elif narrow == self.dtype:
-            self.chunk_rows = even_parts(num_rows, (GPU_LOGIT_BYTES + GPU_GRADIENT_BYTES) // row_bytes)
-            self.panel_rows = self.chunk_rows
-        else:
-            self.chunk_rows = even_parts(num_rows, GPU_GRADIENT_BYTES // (vocab * narrow.itemsize))
-            self.panel_rows = even_parts(self.chunk_rows, GPU_LOGIT_BYTES // row_bytes)
+        self.chunk_rows, self.panel_rows = buffer_rows(num_rows, vocab, self.dtype, narrow, hidden.is_cuda)
         self._logits = _aligned(self.panel_rows, vocab, self.dtype, hidden.device)
         in_place = narrow == self.dtype
         self._gradient_rows = self._logits if in_place else _aligned(self.chunk_rows, vocab, narrow, hidden.device)
@@ -264,6 +255,23 @@ class Pass:
         if self.call.shard is not None and self.gradients.hidden is not None:
             self.call.shard.sum_(self.gradients.hidden)
         return self.gradients
+
+
+def buffer_rows(
+    num_rows: int, vocab: int, dtype: torch.dtype, gradient_dtype: torch.dtype, on_gpu: bool
+) -> tuple[int, int]:
+    """Rows of a chunk and of a panel: of the buffers of gradient rows and of logits. They are one where gradient rows
+    have the compute dtype, and so is the buffer.
+    """
+    row_bytes = vocab * dtype.itemsize
+    if not on_gpu:
+        rows = even_parts(num_rows, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
+        return rows, rows
+    if gradient_dtype == dtype:
+        rows = even_parts(num_rows, (GPU_LOGIT_BYTES + GPU_GRADIENT_BYTES) // row_bytes)
+        return rows, rows
+    chunk = even_parts(num_rows, GPU_GRADIENT_BYTES // (vocab * gradient_dtype.itemsize))
+    return chunk, even_parts(chunk, GPU_LOGIT_BYTES // row_bytes)
 
 
 def _aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

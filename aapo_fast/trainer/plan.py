@@ -1,0 +1,251 @@
+"""What a config will take: bytes of each part of the trainer, and a rough step time. Nothing is loaded or computed.
+
+Three kinds of lines: ``arithmetic`` is exact, and tests compare it with the tensors of a real run; ``setting`` is what
+the config itself reserves; ``estimate`` is a formula with assumptions that its text names.
+
+Letters: P parameters, P' trained ones, T tokens of a microbatch, L layers, H hidden, I width of the gated MLP, A heads
+x head size, K key-value heads x head size, V vocabulary, G completions a problem, D sequences generated at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from aapo_fast.config import Config
+from aapo_fast.models.load import load_shape
+from aapo_fast.models.lora import add_adapter
+from aapo_fast.ops.linear_policy.chunked import buffer_rows
+
+FP32 = 4
+Kind = Literal["arithmetic", "setting", "estimate"]
+Phase = Literal["always", "rollout", "training"]
+
+TRAIN_EFFICIENCY = 0.5
+"""Assumed share of the nominal rate that a step's matrix products reach; not measured here."""
+DECODE_EFFICIENCY = 0.5
+"""Assumed share of the memory bandwidth that generation reaches; not measured here."""
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Nominal figures of a device, dense (without sparsity).
+
+    Attributes:
+        memory_bytes: of the device.
+        bf16_flops, fp32_flops: a second, of matrix products.
+        bandwidth: bytes a second.
+    """
+
+    name: str
+    memory_bytes: float
+    bf16_flops: float
+    fp32_flops: float
+    bandwidth: float
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        GPU("a100", 80e9, 312e12, 19.5e12, 2.04e12),  # NVIDIA A100 datasheet, 80 GB SXM
+        GPU("h100", 80e9, 989e12, 67e12, 3.35e12),  # NVIDIA H100 datasheet, SXM
+        GPU("h200", 141e9, 989e12, 67e12, 4.8e12),  # NVIDIA H200 datasheet, SXM
+    )
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the model's config.json decides, and the adapter.
+
+    Attributes:
+        parameters, trained: P, P'; tied ones once.
+        embeddings: those of P in the input embedding and the head.
+        tensors: trained ones, counted.
+        layers, hidden, intermediate, attention, key_value, vocab: L, H, I, A, K, V.
+    """
+
+    parameters: int
+    trained: int
+    embeddings: int
+    tensors: int
+    layers: int
+    hidden: int
+    intermediate: int
+    attention: int
+    key_value: int
+    vocab: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of the plan: bytes, or seconds."""
+
+    name: str
+    amount: float
+    kind: Kind
+    phase: Phase
+    formula: str
+
+
+def read_shape(config: Config) -> Shape:
+    """Of the model that [model] names with the adapter of [lora], from its config.json.
+
+    Raises:
+        UserError: there is none.
+    """
+    model: Any = load_shape(config.model.path)
+    plain = model.config.get_text_config()
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if config.lora.rank:
+        model = add_adapter(model, config.lora.rank, config.lora.alpha, config.lora.target_modules)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    head_size = getattr(plain, "head_dim", None) or plain.hidden_size // plain.num_attention_heads
+    return Shape(
+        parameters=sum(p.numel() for p in model.parameters()),
+        trained=sum(p.numel() for p in trained),
+        embeddings=head.numel() + (0 if embedding is head else embedding.numel()),
+        tensors=len(trained),
+        layers=plain.num_hidden_layers,
+        hidden=plain.hidden_size,
+        intermediate=plain.intermediate_size,
+        attention=plain.num_attention_heads * head_size,
+        key_value=(getattr(plain, "num_key_value_heads", None) or plain.num_attention_heads) * head_size,
+        vocab=head.shape[0],
+    )
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def memory(config: Config, shape: Shape, gpu: GPU) -> list[Part]:
+    """Bytes by part."""
+    return [*_weights(config, shape), *_training(config, shape), *_rollout(config, shape, gpu)]
+
+
+def peak(parts: list[Part]) -> float:
+    """Bytes of what is always there and of the larger phase."""
+    by_phase = {phase: sum(p.amount for p in parts if p.phase == phase) for phase in ("always", "rollout", "training")}
+    return by_phase["always"] + max(by_phase["rollout"], by_phase["training"])
+
+
+def _weights(config: Config, s: Shape) -> Iterator[Part]:
+    """Weights, gradients and AdamW's two moments, all in float32, as the trainer has them (``models.load``,
+    ``torch.optim.AdamW(fused=True)``, which also keeps a float32 step count a tensor).
+    """
+    yield Part("weights", FP32 * s.parameters, "arithmetic", "always", "4 P")
+    yield Part("gradients", FP32 * s.trained, "arithmetic", "training", "4 P'")
+    yield Part(
+        "AdamW moments", FP32 * (2 * s.trained + s.tensors), "arithmetic", "always", "8 P' + 4 a tensor; from step 1"
+    )
+    if config.reference.mode == "online" and not config.lora.rank and config.rollout.engine == "hf":
+        yield Part("frozen reference", FP32 * s.parameters, "arithmetic", "always", "4 P, a copy on the device")
+
+
+def _training(config: Config, s: Shape) -> Iterator[Part]:
+    rows = config.train.max_microbatch_tokens
+    yield Part("activations", activation_bytes(config, s), "estimate", "training", "4 L T (6H + 4A + 2K + 4I) + masks")
+    logits = head_buffer_bytes(rows, s, on_gpu=True)
+    yield Part("head: logits", logits, "arithmetic", "training", "4 C V, chunks of C rows of T")
+    wanted = s.vocab * s.hidden if not config.lora.rank else 0
+    yield Part(
+        "head: gradients", FP32 * (wanted + 2 * rows * s.hidden), "arithmetic", "training", "4 V H (full) + 8 T H"
+    )
+
+
+def activation_bytes(config: Config, s: Shape) -> float:
+    """What autograd keeps of a microbatch of T tokens, without gradient checkpointing.
+
+    Of each layer and token, in float32: three hidden vectors a norm (its input, normalised, scaled), so 6H; queries,
+    and attention's result as it leaves the kernel, without padding, and as the output layer reads it, 4A; gathered keys
+    and values, 2K; of a gated MLP gate, its activation, up, and their product, 4I. The last norm adds 2H. Of each
+    completion the mask, which kernels take in float32: four bytes a query, key and layer; and the distances, eight
+    bytes a query and key. Counted from the code of Transformers' Llama and of ``models.attention``; the method is that
+    of Korthikanti et al., arXiv 2205.05198, section 4. Assumes a fused attention kernel and T / (prompt + completion)
+    completions, each as long as it may be and with a prompt of its own.
+    """
+    tokens = config.train.max_microbatch_tokens
+    prompt, completion = config.data.max_prompt_tokens, config.rollout.max_tokens
+    at_once = max(1, tokens // (prompt + completion))
+    seen = at_once * completion * (prompt + completion)
+    per_token = s.layers * (6 * s.hidden + 4 * s.attention + 2 * s.key_value + 4 * s.intermediate) + 2 * s.hidden
+    return FP32 * max(tokens, prompt + completion) * per_token + seen * (FP32 * s.layers + 8)
+
+
+def checkpointed_bytes(config: Config, s: Shape) -> float:
+    """Activations if each layer kept its input alone and were computed again in the backward pass (Chen et al., arXiv
+    1604.06174): 4 L T H and one layer's.
+    """
+    inputs = FP32 * s.layers * config.train.max_microbatch_tokens * s.hidden
+    return inputs + activation_bytes(config, s) / s.layers
+
+
+def head_buffer_bytes(rows: int, s: Shape, on_gpu: bool) -> float:
+    """Logits of one chunk of the fused loss, whose gradient rows take their place (``chunked.buffer_rows``)."""
+    chunk, _ = buffer_rows(rows, s.vocab, torch.float32, torch.float32, on_gpu)
+    return FP32 * chunk * s.vocab
+
+
+def _rollout(config: Config, s: Shape, gpu: GPU) -> Iterator[Part]:
+    if config.rollout.engine == "vllm_server":
+        return
+    if config.rollout.engine == "vllm":
+        share = config.vllm.gpu_memory_utilization
+        formula = f"{share:g} of the device for weights and KV cache; asleep while training"
+        yield Part("vLLM", share * gpu.memory_bytes, "setting", "rollout", formula)
+        return
+    sequences, length = _sequences_at_once(config), config.data.max_prompt_tokens + config.rollout.max_tokens
+    cache = FP32 * 2 * s.layers * s.key_value * sequences * length
+    yield Part("KV cache", cache, "arithmetic", "rollout", "8 L K a token of D sequences of full length")
+    # draw_tokens: logits, log-softmax in fp32; its exponential and the cumulative sum in fp64.
+    yield Part("next-token logits", (3 * FP32 + 2 * 8) * sequences * s.vocab, "estimate", "rollout", "28 D V")
+
+
+def _sequences_at_once(config: Config) -> int:
+    return min(config.rollout.max_batch_size, config.rollout.prompts_per_step * config.rollout.group_size)
+
+
+# --- time ------------------------------------------------------------------------------------------------------------
+
+
+def seconds(config: Config, shape: Shape, gpu: GPU) -> list[Part]:
+    """Of one step at most: completions as long as they may be, all with a weight."""
+    completions = config.rollout.prompts_per_step * config.rollout.group_size
+    length = config.data.max_prompt_tokens + config.rollout.max_tokens
+    tokens = config.rollout.prompts_per_step * config.data.max_prompt_tokens + completions * config.rollout.max_tokens
+    times = 2 if config.reference.mode == "online" else 1
+    parts = []
+    if config.rollout.engine != "vllm_server":
+        parts.append(_generation(config, shape, gpu, completions * times, length))
+    flops = train_flops(config, shape, tokens, length)
+    single, half = (flops / (rate * TRAIN_EFFICIENCY) for rate in (gpu.fp32_flops, gpu.bf16_flops))
+    formula = f"{flops:.3g} FLOP at {TRAIN_EFFICIENCY:g} of {gpu.fp32_flops / 1e12:g} TFLOP/s (float32, as now"
+    parts.append(Part("train", single, "estimate", "training", f"{formula}; {half:.0f} s at the rate of bfloat16)"))
+    return parts
+
+
+def train_flops(config: Config, s: Shape, tokens: int, length: int) -> float:
+    """Of forward and backward: 6 a token and parameter of the layers, 4 where the weights are frozen (Kaplan et
+    al., arXiv 2001.08361, section 2.1), 6 A a token, layer and key before it for the causal half of attention, and the
+    head's 6 N H V (exact; a third of it with sparse rows). T counts a prompt once.
+    """
+    matrices = (4 if config.lora.rank else 6) * (s.parameters - s.embeddings) * tokens
+    attention = 6 * s.attention * s.layers * length * tokens
+    head = (2 if config.loss.backward == "sparse" else 6) * tokens * s.hidden * s.vocab
+    return float(matrices + attention + head)
+
+
+def _generation(config: Config, s: Shape, gpu: GPU, completions: int, length: int) -> Part:
+    """A step of decoding reads all weights and the cache of the sequences so far (half of it on average): bound by the
+    memory, as in Pope et al., arXiv 2211.05102, section 2.
+    """
+    width = FP32 if config.rollout.engine == "hf" or config.vllm.dtype == "float32" else 2
+    batches = -(-completions // config.rollout.max_batch_size)
+    sequences = -(-completions // batches)
+    read = width * (s.parameters + s.layers * s.key_value * sequences * length)
+    amount = batches * config.rollout.max_tokens * read / (gpu.bandwidth * DECODE_EFFICIENCY)
+    formula = f"{batches * config.rollout.max_tokens} decoding steps that read {read / 2**30:.1f} GiB each"
+    return Part("rollout", amount, "estimate", "rollout", formula + f", at {DECODE_EFFICIENCY:g} of the bandwidth")

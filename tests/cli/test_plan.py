@@ -1,0 +1,88 @@
+"""`aapo-fast doctor --plan`: the table, what dominates, the remedy, and what is refused."""
+
+import json
+
+import pytest
+import support
+import transformers
+
+from aapo_fast import cli
+
+
+@pytest.fixture
+def seven_billion(tmp_path):
+    """The config.json of a model the size of Qwen2.5-Math-7B, and nothing else: no weights, no tokenizer."""
+    config = transformers.Qwen2Config(
+        architectures=["Qwen2ForCausalLM"],
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+    )
+    config.save_pretrained(tmp_path / "model")
+    path = tmp_path / "config.toml"
+    path.write_text(f"[model]\npath = {json.dumps(str(tmp_path / 'model'))}\n")
+    return str(path)
+
+
+def test_a_model_that_does_not_fit(seven_billion, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["doctor", "--plan", seven_billion]) == 1
+    out = capsys.readouterr().out
+    assert "7,615,616,512 parameters, 7,615,616,512 of them trained" in out
+    rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in out.splitlines() if "│" in line}
+    assert rows["weights"] == rows["gradients"] == "28.37" and rows["AdamW moments"] == "56.74"
+    assert "GiB at once of 73.5 (h100, less 1 for CUDA); most of it: AdamW moments" in out
+    assert "it does not fit: weights, gradients and moments alone are too much for one device" in out
+    assert "--lora.rank 32" in out
+
+
+def test_an_adapter_fits(seven_billion, capsys):
+    tokens = ["--train.max_microbatch_tokens", "1280", "--rollout.max_batch_size", "32"]
+    assert cli.main(["doctor", "--plan", seven_billion, "--lora.rank", "16", "--gpu", "h200", *tokens]) == 0
+    out = capsys.readouterr().out
+    assert "40,370,176 of them trained" in out and "it does not fit" not in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({}, "--train.max_microbatch_tokens 1280 holds one completion at a time"),
+        ({"rollout.max_tokens": "3072"}, "recomputed layer by layer, activations would take"),
+        ({"train.max_microbatch_tokens": "1280", "rollout.max_tokens": "7000"}, "shorter completions, or --lora.rank"),
+        (
+            {"train.max_microbatch_tokens": "300", "data.max_prompt_tokens": "44", "rollout.prompts_per_step": "1000",
+             "rollout.max_batch_size": "8000"},
+            "lower --rollout.max_batch_size",
+        ),
+        (
+            {"train.max_microbatch_tokens": "300", "data.max_prompt_tokens": "44", "rollout.engine": "vllm",
+             "vllm.gpu_memory_utilization": "0.9"},
+            "lower --vllm.gpu_memory_utilization",
+        ),
+    ],
+)  # fmt: skip
+def test_remedies(seven_billion, changes, remedy, capsys):
+    options = [text for key, value in changes.items() for text in (f"--{key}", value)]
+    arguments = ["doctor", "--plan", seven_billion, "--lora.rank", "16", "--memory-gib", "40", *options]
+    assert cli.main(arguments) == 1
+    assert remedy in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "h900"], "--gpu 'h900' is not known; known are a100, h100, h200; or give --memory-gib"),
+        (["--memory-gib", "0"], "--memory-gib 0 must be above 0"),
+        (["--model.path", "/nowhere"], "model.path='/nowhere' cannot be loaded"),
+        (["--train.step", "3"], "unknown key train.step; did you mean train.steps?"),
+    ],
+)
+def test_refusals(tmp_path, tiny_model, arguments, message, capsys):
+    path = tmp_path / "config.toml"
+    path.write_text(support.toml(support.tiny_run(tmp_path, tiny_model)))
+    assert cli.main(["doctor", "--plan", str(path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -1,0 +1,150 @@
+"""The plan against the tensors of real runs."""
+
+import pytest
+import support
+import torch
+import transformers
+
+from aapo_fast import config
+from aapo_fast.bench import memory as measured
+from aapo_fast.bench.shapes import Case, Head
+from aapo_fast.data.packing import Weighted
+from aapo_fast.models.load import take_over_attention
+from aapo_fast.trainer import plan
+from aapo_fast.trainer.policy import Policy
+from aapo_fast.trainer.step import make_optimizer, optimizer_step
+
+SIZES = support.SIZES | {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 1024,
+}
+H100 = plan.GPUS["h100"]
+
+
+def save(folder, **changes):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | changes))
+    model.save_pretrained(folder)
+    support.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make(folder, lora=0, **rollout):
+    rollout = {"group_size": 4, "prompts_per_step": 2, "max_tokens": 96} | rollout
+    tree = {"model": {"path": str(folder), "device": "cpu"}, "lora": {"rank": lora}, "rollout": rollout}
+    return config.parse({**tree, "data": {"max_prompt_tokens": 32}, "train": {"max_microbatch_tokens": 1024}})
+
+
+def parts(settings):
+    return {part.name: part for part in plan.memory(settings, plan.read_shape(settings), H100)}
+
+
+def nbytes(tensors):
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}], ids=str)
+@pytest.mark.parametrize("lora", [0, 4])
+def test_weights_gradients_and_moments_are_those_of_a_run(tmp_path, lora, changes):
+    settings = make(save(tmp_path, **changes), lora)
+    policy = Policy.from_config(settings.model, 1.0, settings.loss, settings.lora)
+    optimizer = make_optimizer(policy, settings.train)
+    gradients = []
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.append(nbytes([p.grad for p in policy.model.parameters() if p.grad is not None]))
+    )
+    samples = [Weighted(support.sample([2, 3, 4], [5, 6]), 1.0), Weighted(support.sample([2, 3, 4], [7]), -1.0)]
+    assert optimizer_step(policy, optimizer, samples, settings.train, 1e-3).updated
+    found = parts(settings)
+    assert found["weights"].amount == nbytes(policy.model.parameters())
+    assert found["AdamW moments"].amount == nbytes(t for state in optimizer.state.values() for t in state.values())
+    assert [found["gradients"].amount] == gradients
+    assert all(found[name].kind == "arithmetic" for name in ("weights", "gradients", "AdamW moments"))
+
+
+def test_a_frozen_reference_is_a_copy_where_one_is_made(tmp_path):
+    settings = make(save(tmp_path))
+    online = config.parse({**config.to_dict(settings), "reference": {"mode": "online"}})
+    assert "frozen reference" not in parts(settings)
+    found = parts(online)
+    assert found["frozen reference"].amount == found["weights"].amount
+    adapted = config.parse({**config.to_dict(online), "lora": {"rank": 4}})
+    assert "frozen reference" not in parts(adapted)
+
+
+@pytest.mark.parametrize(("prompt", "completion", "count"), [(32, 96, 8), (16, 240, 4), (4, 60, 16)])
+def test_activations_are_within_a_tenth_of_what_autograd_keeps(tmp_path, prompt, completion, count):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+    take_over_attention(model)
+    policy = Policy(model, support.tokenizer(), 1.0)
+    assert policy.packed
+    samples = [Weighted(support.sample([2 + i] + [5] * (prompt - 1), [6] * completion), 1.0) for i in range(count)]
+    batch = policy.batch(samples)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        policy.hidden_states(batch)
+    kept += [s.distance for s in batch.segments]
+    found = nbytes(t for t in kept if t.untyped_storage().data_ptr() not in weights)
+    tree = config.to_dict(make(save(tmp_path), max_tokens=completion))
+    tree["data"]["max_prompt_tokens"], tree["train"]["max_microbatch_tokens"] = prompt, batch.input_ids.numel() + count
+    settings = config.parse(tree)
+    planned = plan.activation_bytes(settings, plan.read_shape(settings))
+    assert planned == pytest.approx(found, rel=0.1)
+    assert plan.checkpointed_bytes(settings, plan.read_shape(settings)) < 0.6 * planned
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(512, 32768), (2048, 32768), (1024, 98304)])
+def test_the_heads_buffer_is_what_a_child_process_takes(rows, vocab):
+    case = Case(Head("wide", 64, vocab), rows, "float32", "model-like")
+    found = measured.peak_on_cpu(case, "exact:torch", seed=0)
+    if found is None:
+        pytest.skip("this kernel does not reset the peak of the resident set")
+    shape = plan.Shape(0, 0, 0, 0, 1, 64, 1, 64, 64, vocab)
+    planned = plan.head_buffer_bytes(rows, shape, on_gpu=False)
+    # Beside the buffer: the row kernels' temporaries, in plain PyTorch a few blocks of rows in cache.
+    assert planned <= found <= planned + 64 * 2**20
+
+
+def test_the_heads_buffer_on_a_gpu_stays_below_its_limit():
+    for vocab in (49152, 151936, 256000):
+        shape = plan.Shape(0, 0, 0, 0, 1, 64, 1, 64, 64, vocab)
+        assert 0.4 * 2**30 < plan.head_buffer_bytes(8192, shape, on_gpu=True) < 2**30
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_of_a_run_are_those_that_torch_counts(tmp_path, tied):
+    """Forward and backward of a padded batch, materialised logits: by torch's own counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    changes = {"vocab_size": 2000, "tie_word_embeddings": tied}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | changes, attn_implementation="eager"))
+    ids = torch.randint(0, 30, (2, 256))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    settings = make(save(tmp_path, **changes))
+    planned = plan.train_flops(settings, plan.read_shape(settings), 512, 256)
+    # Eager attention computes the half above the diagonal, too: 6 A a token, layer and key once more.
+    whole_square = 6 * 256 * 3 * 256 * 512
+    assert planned + whole_square == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_the_peak_is_of_what_is_there_at_once():
+    def part(amount, phase):
+        return plan.Part("", amount, "arithmetic", phase, "")
+
+    assert plan.peak([part(5, "always"), part(3, "rollout"), part(2, "training"), part(4, "training")]) == 11
+    assert plan.peak([part(5, "always"), part(9, "rollout"), part(2, "training")]) == 14
+
+
+def test_kv_cache_is_that_of_the_engine(tmp_path):
+    settings = make(save(tmp_path), max_tokens=8)
+    model = transformers.LlamaForCausalLM.from_pretrained(settings.model.path)
+    cache = model(input_ids=torch.full((8, 40), 3), use_cache=True).past_key_values
+    held = nbytes(t for layer in cache.layers for t in (layer.keys, layer.values))
+    assert parts(settings)["KV cache"].amount == held  # 8 sequences of 32 + 8 tokens
