@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from aapo_fast.config import Config
 from aapo_fast.trainer import plan
 from aapo_fast.trainer.display import Display
@@ -62,11 +64,11 @@ def _remedy(config: Config, shape: Shape, parts: list[Part], there: float) -> st
         tokens = config.data.max_prompt_tokens + config.rollout.max_tokens
         if config.train.max_microbatch_tokens > tokens:
             return f"--train.max_microbatch_tokens {tokens} holds one completion at a time"
-        kept = plan.checkpointed_bytes(config, shape)
-        return (
-            f"shorter completions, or --lora.rank 32; recomputed layer by layer, activations would take "
-            f"{kept / 2**30:.1f} GiB (not in this version)"
-        )
+        if config.model.activation_checkpointing != "full":
+            fewer = replace(config, model=replace(config.model, activation_checkpointing="full"))
+            kept = plan.activation_bytes(fewer, shape)
+            return f"--model.activation_checkpointing full: activations would take {kept / 2**30:.1f} GiB"
+        return "shorter completions, or --lora.rank 32"
     return {
         "vLLM": "lower --vllm.gpu_memory_utilization, or give servers of their own GPU: --rollout.engine vllm_server",
         "KV cache": "lower --rollout.max_batch_size",

@@ -47,6 +47,7 @@ def packed_attention(
     rows_q, rows_k, rows_v = (t[0].transpose(0, 1) for t in (query, key, value))
     if isinstance(packing, Ragged):
         assert flash is not None
+        rows_q, rows_k, rows_v = (_autocast(t) for t in (rows_q, rows_k, rows_v))
         seen_k, seen_v = rows_k.index_select(0, packing.key_index), rows_v.index_select(0, packing.key_index)
         return flash(rows_q, seen_k, seen_v, packing, scaling, sliding_window, softcap)[None], None
     out = query.new_zeros(query.shape[2], query.shape[1], query.shape[3])
@@ -74,6 +75,14 @@ def _refuse_unseen_window(module: torch.nn.Module, sliding_window: int | None) -
         kind = "sliding_attention" if windowed else "full_attention"
     if kind == "chunked_attention" or (kind == "sliding_attention" and sliding_window is None):
         raise ValueError(f"{type(module).__name__} keeps a {kind} window that packed batches cannot honour")
+
+
+def _autocast(t: Tensor) -> Tensor:
+    """As SDPA takes it under autocast; kernels that autocast does not know want it done for them. RoPE and norms of
+    queries and keys leave them in float32.
+    """
+    kind = t.device.type
+    return t.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else t
 
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:

@@ -147,7 +147,10 @@ def _weights(config: Config, s: Shape) -> Iterator[Part]:
 
 def _training(config: Config, s: Shape) -> Iterator[Part]:
     rows = config.train.max_microbatch_tokens
-    yield Part("activations", activation_bytes(config, s), "estimate", "training", "4 L T (6H + 4A + 2K + 4I) + masks")
+    formula = "L T (26H + 10A + 4K + 8I) + 2 P" if in_bfloat16(config) else "4 L T (6H + 4A + 2K + 4I) + masks"
+    if config.model.activation_checkpointing != "none":
+        formula = f"{config.model.activation_checkpointing} activation checkpointing"
+    yield Part("activations", activation_bytes(config, s), "estimate", "training", formula)
     logits = head_buffer_bytes(rows, s, on_gpu=True)
     yield Part("head: logits", logits, "arithmetic", "training", "4 C V, chunks of C rows of T")
     wanted = s.vocab * s.hidden if not config.lora.rank else 0
@@ -157,30 +160,46 @@ def _training(config: Config, s: Shape) -> Iterator[Part]:
 
 
 def activation_bytes(config: Config, s: Shape) -> float:
-    """What autograd keeps of a microbatch of T tokens, without gradient checkpointing.
+    """What autograd keeps of a microbatch of T tokens.
 
     Of each layer and token, in float32: three hidden vectors a norm (its input, normalised, scaled), so 6H; queries,
     and attention's result as it leaves the kernel, without padding, and as the output layer reads it, 4A; gathered keys
-    and values, 2K; of a gated MLP gate, its activation, up, and their product, 4I. The last norm adds 2H. Of each
-    completion the mask, which kernels take in float32: four bytes a query, key and layer; and the distances, eight
-    bytes a query and key. Counted from the code of Transformers' Llama and of ``models.attention``; the method is that
-    of Korthikanti et al., arXiv 2205.05198, section 4. Assumes a fused attention kernel and T / (prompt + completion)
-    completions, each as long as it may be and with a prompt of its own.
+    and values, 2K; of a gated MLP gate, its activation, up, and their product, 4I. In bfloat16 norms stay in float32,
+    every product keeps a copy of its input (26H in bytes), and of each weight of the layers (2 P). The last norm
+    adds 2H. Without flash attention: of each completion the mask, which kernels take in the precision of the products,
+    a number a query, key and layer; and the distances, eight bytes a query and key.
+
+    With activation checkpointing each layer keeps its input, selectively also what its products and its attention gave,
+    and one layer at a time is there whole (Chen et al., arXiv 1604.06174).
+
+    Counted from the code of Transformers' Llama and of ``models.attention``; the method is that of Korthikanti et al.,
+    arXiv 2205.05198, section 4. Assumes a fused attention kernel and T / (prompt + completion) completions, each as
+    long as it may be and with a prompt of its own.
     """
-    tokens = config.train.max_microbatch_tokens
     prompt, completion = config.data.max_prompt_tokens, config.rollout.max_tokens
-    at_once = max(1, tokens // (prompt + completion))
-    seen = at_once * completion * (prompt + completion)
-    per_token = s.layers * (6 * s.hidden + 4 * s.attention + 2 * s.key_value + 4 * s.intermediate) + 2 * s.hidden
-    return FP32 * max(tokens, prompt + completion) * per_token + seen * (FP32 * s.layers + 8)
+    tokens = max(config.train.max_microbatch_tokens, prompt + completion)
+    half = in_bfloat16(config)
+    if half:
+        layer = 26 * s.hidden + 10 * s.attention + 4 * s.key_value + 8 * s.intermediate
+    else:
+        layer = FP32 * (6 * s.hidden + 4 * s.attention + 2 * s.key_value + 4 * s.intermediate)
+    width = 2 if half else FP32
+    product_results = width * (2 * s.attention + 2 * s.key_value + 2 * s.hidden + 2 * s.intermediate)
+    kept = {
+        "none": s.layers * layer,
+        "selective": s.layers * (FP32 * s.hidden + product_results) + layer,
+        "full": s.layers * FP32 * s.hidden + layer,
+    }[config.model.activation_checkpointing]
+    seen = max(1, tokens // (prompt + completion)) * completion * (prompt + completion)
+    flash = half and config.model.attention != "sdpa"
+    masks = 0 if flash else seen * (width * s.layers + 8)
+    copies = 2 * (s.parameters - s.embeddings) if half else 0
+    return tokens * (kept + FP32 * 2 * s.hidden) + masks + copies
 
 
-def checkpointed_bytes(config: Config, s: Shape) -> float:
-    """Activations if each layer kept its input alone and were computed again in the backward pass (Chen et al., arXiv
-    1604.06174): 4 L T H and one layer's.
-    """
-    inputs = FP32 * s.layers * config.train.max_microbatch_tokens * s.hidden
-    return inputs + activation_bytes(config, s) / s.layers
+def in_bfloat16(config: Config) -> bool:
+    """Whether products are, on a GPU."""
+    return config.model.precision != "float32"
 
 
 def head_buffer_bytes(rows: int, s: Shape, on_gpu: bool) -> float:
@@ -221,9 +240,10 @@ def seconds(config: Config, shape: Shape, gpu: GPU) -> list[Part]:
     if config.rollout.engine != "vllm_server":
         parts.append(_generation(config, shape, gpu, completions * times, length))
     flops = train_flops(config, shape, tokens, length)
-    single, half = (flops / (rate * TRAIN_EFFICIENCY) for rate in (gpu.fp32_flops, gpu.bf16_flops))
-    formula = f"{flops:.3g} FLOP at {TRAIN_EFFICIENCY:g} of {gpu.fp32_flops / 1e12:g} TFLOP/s (float32, as now"
-    parts.append(Part("train", single, "estimate", "training", f"{formula}; {half:.0f} s at the rate of bfloat16)"))
+    rate, kind = (gpu.bf16_flops, "bfloat16") if in_bfloat16(config) else (gpu.fp32_flops, "float32")
+    again = {"none": 1.0, "selective": 1.0, "full": 4 / 3}[config.model.activation_checkpointing]
+    formula = f"{again * flops:.3g} FLOP at {TRAIN_EFFICIENCY:g} of {rate / 1e12:g} TFLOP/s ({kind})"
+    parts.append(Part("train", again * flops / (rate * TRAIN_EFFICIENCY), "estimate", "training", formula))
     return parts
 
 

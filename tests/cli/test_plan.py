@@ -50,8 +50,12 @@ def test_an_adapter_fits(seven_billion, capsys):
     ("changes", "remedy"),
     [
         ({}, "--train.max_microbatch_tokens 1280 holds one completion at a time"),
-        ({"rollout.max_tokens": "3072"}, "recomputed layer by layer, activations would take"),
-        ({"train.max_microbatch_tokens": "1280", "rollout.max_tokens": "7000"}, "shorter completions, or --lora.rank"),
+        ({"rollout.max_tokens": "3072"}, "--model.activation_checkpointing full: activations would take"),
+        (
+            {"train.max_microbatch_tokens": "1280", "rollout.max_tokens": "7000",
+             "rollout.max_batch_size": "8", "model.activation_checkpointing": "full"},
+            "shorter completions, or --lora.rank",
+        ),
         (
             {"train.max_microbatch_tokens": "300", "data.max_prompt_tokens": "44", "rollout.prompts_per_step": "1000",
              "rollout.max_batch_size": "8000"},

@@ -56,6 +56,21 @@ def test_ragged_batches_give_the_gradient_of_sdpa(family):
     assert loss == pytest.approx(truth.item(), rel=1e-6) and relative(gradient, true_gradient) < 1e-6
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_kernels_are_given_the_precision_of_autocast(family):
+    """RoPE and norms of queries and keys leave float32, which no flash kernel takes."""
+    given = []
+
+    def kernel(query, key, value, *rest):
+        given.append({query.dtype, key.dtype, value.dtype})
+        return one_by_one(query, key, value, *rest)
+
+    model = support.tiny(family)
+    model.set_attn_implementation(attention.NAME)
+    policy = Policy(model, support.tokenizer(), 0.9, precision=torch.bfloat16, flash=kernel)
+    assert policy.packed and given and all(dtypes == {torch.bfloat16} for dtypes in given)
+
+
 def test_a_ragged_batch_lists_what_each_problem_sees():
     samples = [Weighted(support.sample([1, 2, 3], c), 1.0) for c in ([4], [5, 6], [7, 8, 9])]
     samples.append(Weighted(support.sample([2, 2], [3]), -1.0))

@@ -1,5 +1,7 @@
 """The plan against the tensors of real runs."""
 
+from dataclasses import replace
+
 import pytest
 import support
 import torch
@@ -10,6 +12,7 @@ from aapo_fast.bench import memory as measured
 from aapo_fast.bench.shapes import Case, Head
 from aapo_fast.data.packing import Weighted
 from aapo_fast.models.load import take_over_attention
+from aapo_fast.models.recompute import recompute_layers
 from aapo_fast.trainer import plan
 from aapo_fast.trainer.policy import Policy
 from aapo_fast.trainer.step import make_optimizer, optimizer_step
@@ -76,27 +79,53 @@ def test_a_frozen_reference_is_a_copy_where_one_is_made(tmp_path):
     assert "frozen reference" not in parts(adapted)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("prompt", "completion", "count"), [(32, 96, 8), (16, 240, 4), (4, 60, 16)])
-def test_activations_are_within_a_tenth_of_what_autograd_keeps(tmp_path, prompt, completion, count):
+def test_activations_are_within_a_tenth_of_what_autograd_keeps(tmp_path, prompt, completion, count, precision):
+    settings, planned, found = activations(tmp_path, prompt, completion, count, precision, "none")
+    assert planned == pytest.approx(found, rel=0.1)
+    kept = [
+        plan.activation_bytes(with_model(settings, activation_checkpointing=kind), plan.read_shape(settings))
+        for kind in ("none", "selective", "full")
+    ]
+    assert kept[0] > kept[1] > kept[2]
+    flash = plan.activation_bytes(with_model(settings, attention="auto"), plan.read_shape(settings))
+    assert flash < planned if precision == "bfloat16" else flash == planned
+
+
+def test_checkpointed_layers_keep_their_inputs(tmp_path):
+    """And their products, selectively, which no hook sees. The layer that is there whole comes in the backward pass."""
+    settings, planned, found = activations(tmp_path, 32, 96, 8, "float32", "full")
+    shape = plan.read_shape(settings)
+    whole = plan.activation_bytes(with_model(settings, activation_checkpointing="none"), shape)
+    assert planned - found == pytest.approx(whole / shape.layers, rel=0.1)
+
+
+def with_model(settings, **changes):
+    return replace(settings, model=replace(settings.model, **changes))
+
+
+def activations(tmp_path, prompt, completion, count, precision, checkpointing):
+    """Settings, bytes that the plan has for them, and bytes that autograd keeps."""
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
     take_over_attention(model)
-    policy = Policy(model, support.tokenizer(), 1.0)
+    policy = Policy(model, support.tokenizer(), 1.0, precision=getattr(torch, precision))
     assert policy.packed
+    recompute_layers(policy.decoder, checkpointing)
     samples = [Weighted(support.sample([2 + i] + [5] * (prompt - 1), [6] * completion), 1.0) for i in range(count)]
     batch = policy.batch(samples)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), policy.autocast():
         policy.hidden_states(batch)
-    kept += [s.distance for s in batch.segments]
+    kept += [s.distance for s in batch.packing]
     found = nbytes(t for t in kept if t.untyped_storage().data_ptr() not in weights)
     tree = config.to_dict(make(save(tmp_path), max_tokens=completion))
     tree["data"]["max_prompt_tokens"], tree["train"]["max_microbatch_tokens"] = prompt, batch.input_ids.numel() + count
+    tree["model"] |= {"precision": precision, "attention": "sdpa", "activation_checkpointing": checkpointing}
     settings = config.parse(tree)
-    planned = plan.activation_bytes(settings, plan.read_shape(settings))
-    assert planned == pytest.approx(found, rel=0.1)
-    assert plan.checkpointed_bytes(settings, plan.read_shape(settings)) < 0.6 * planned
+    return settings, plan.activation_bytes(settings, plan.read_shape(settings)), found
 
 
 @pytest.mark.parametrize(("rows", "vocab"), [(512, 32768), (2048, 32768), (1024, 98304)])
@@ -107,8 +136,9 @@ def test_the_heads_buffer_is_what_a_child_process_takes(rows, vocab):
         pytest.skip("this kernel does not reset the peak of the resident set")
     shape = plan.Shape(0, 0, 0, 0, 1, 64, 1, 64, 64, vocab)
     planned = plan.head_buffer_bytes(rows, shape, on_gpu=False)
-    # Beside the buffer: the row kernels' temporaries, in plain PyTorch a few blocks of rows in cache.
-    assert planned <= found <= planned + 64 * 2**20
+    # Beside the buffer: the row kernels' temporaries, in plain PyTorch a few blocks of rows in cache. Pages that the
+    # child gave back meanwhile make the figure a little smaller.
+    assert 0.85 * planned <= found <= planned + 64 * 2**20
 
 
 def test_the_heads_buffer_on_a_gpu_stays_below_its_limit():
