@@ -29,6 +29,7 @@ try:
     from aapo_fast.trainer.engine import engine_settings, make_engine
     from aapo_fast.trainer.evaluate import evaluate as run_evaluation
     from aapo_fast.trainer.policy import Policy, resolve_device
+    from aapo_fast.trainer.ranks import joined_ranks
     from aapo_fast.trainer.records import CURVE, without_nan
     from aapo_fast.trainer.setup import sampling_params
 except ModuleNotFoundError as error:
@@ -41,8 +42,9 @@ transformers.utils.logging.disable_progress_bar()
 
 def train(config: Config, config_path: str, overrides: Sequence[tuple[str, str]] = ()) -> int:
     """Train, then say what came of it and what to type next."""
-    display = Display()
-    summary = loop.train(config, display)
+    with joined_ranks(config) as ranks:
+        display = Display(quiet=not ranks.first)
+        summary = loop.train(config, display, ranks)
     folder = Path(summary["folder"])
     display.note("")
     if summary["accuracy_after"] is not None:

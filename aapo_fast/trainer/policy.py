@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aapo_fast.config import LoraConfig, LossConfig, ModelConfig
 from aapo_fast.data.packing import Weighted, pack, pad
-from aapo_fast.models.head import find_decoder, find_head
+from aapo_fast.models.head import Head, find_decoder, find_head
 from aapo_fast.models.load import load_model, steers_attention
 from aapo_fast.models.lora import add_adapter, checkpoint_state
 from aapo_fast.objectives import AAPO, Objective, Regularized
 from aapo_fast.ops.linear_policy import PolicyLoss, linear_logprobs, linear_policy_loss
+from aapo_fast.trainer.ranks import ONE
 from aapo_fast.types import Batch, Sample, UserError
 
 DEFAULT_LOSS, FULL = LossConfig(), LoraConfig()
@@ -34,13 +35,17 @@ class Policy:
         loss: implementation and backward of the fused loss.
 
     Attributes:
+        trained: the module whose parameters the optimizer moves: ``model``, or shards of it (``trainer.sharded``).
+        ranks: that train it together.
         packed: whether batches are packed with shared prompts. False where the model's attention cannot be steered, or
             where it computes something else when it is (recurrent layers, say): then batches are right-padded.
     """
 
     def __init__(self, model: Any, tokenizer: Any, temperature: float, loss: LossConfig = DEFAULT_LOSS) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.decoder, self.head = find_decoder(model), find_head(model)
+        self.trained: nn.Module = model
+        self.ranks = ONE
+        self.decoder = find_decoder(model)
         self.device = self.head.weight.device
         self.temperature, self.how = temperature, loss
         self.packed = steers_attention(model) and self._packing_is_faithful()
@@ -62,6 +67,17 @@ class Policy:
         if lora.rank:
             model = add_adapter(model, lora.rank, lora.alpha, lora.target_modules)
         return cls(model, tokenizer, temperature, loss)
+
+    @property
+    def head(self) -> Head:
+        """As it is now: under FSDP the weight is another tensor within the forward than outside."""
+        return find_head(self.model)
+
+    def collect(self) -> None:
+        """Bring what the optimizer moved into ``model``."""
+
+    def distribute(self) -> None:
+        """Bring what was loaded into ``model`` to where it is trained."""
 
     def batch(self, samples: Sequence[Weighted]) -> Batch:
         """Tensors of one microbatch, on the model's device."""
@@ -89,27 +105,29 @@ class Policy:
         objective: Objective = AAPO(batch.advantages, batch.sequence_index, num_tokens, *correction)
         if self.how.regularizes:
             objective = Regularized(objective, num_tokens, self.how.entropy_bonus, self.how.z_loss)
+        head = self.head
         return linear_policy_loss(
             self.hidden_states(batch),
-            self.head.weight,
+            head.weight,
             batch.targets,
             objective,
             implementation=self.how.implementation,
             backward=self.how.backward,
             sparsity_threshold=self.how.sparsity_threshold,
             seed=seed,
-            **self.head.arguments(self.temperature),
+            **head.arguments(self.temperature),
         )
 
     @torch.no_grad()
     def logps(self, batch: Batch) -> Tensor:
         """(N,) fp32 log-probabilities of the targets."""
+        head = self.head
         return linear_logprobs(
             self.hidden_states(batch),
-            self.head.weight,
+            head.weight,
             batch.targets,
             implementation=self.how.implementation,
-            **self.head.arguments(self.temperature),
+            **head.arguments(self.temperature),
         ).logps
 
     def num_parameters(self) -> tuple[int, int]:
