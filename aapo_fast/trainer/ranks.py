@@ -63,24 +63,20 @@ class Ranks:
         """
         if self.world == 1:
             return [work()]
-        result: T | None = None
-        error: Exception | None = None
-        try:
-            result = work()
-        except Exception as raised:
-            error = raised
-        told: list[Any] = [None] * self.world
-        dist.all_gather_object(told, (result, None if error is None else f"{type(error).__name__}: {error}"))
-        if error is not None:
-            raise error
-        for rank, (_, text) in enumerate(told):
-            if text is not None:
-                raise RankError(f"rank {rank}: {text}")
-        return [value for value, _ in told]
+        mine = _attempt(work)
+        every: list[_Outcome] = [mine] * self.world
+        dist.all_gather_object(every, mine)
+        return [outcome.value(rank, mine) for rank, outcome in enumerate(every)]
 
     def on_first(self, work: Callable[[], T]) -> T:
         """What ``work`` gives on the first rank, which alone does it."""
-        return self.each(lambda: work() if self.first else None)[0]  # type: ignore[return-value]
+        if self.world == 1:
+            return work()
+        mine = _attempt(work) if self.first else _Outcome(None)
+        told = [mine]
+        dist.broadcast_object_list(told, src=0)
+        value: T = told[0].value(0, mine)
+        return value
 
     def one_a_machine(self, work: Callable[[], object]) -> None:
         """Done by one rank of each machine, before the others go on; for what then lies on its disk."""
@@ -113,6 +109,32 @@ class Ranks:
 
 
 ONE = Ranks(0, 1)
+
+
+class _Outcome:
+    """What work gave or raised; to other ranks an error travels as text, since not every exception can be pickled."""
+
+    def __init__(self, result: Any, error: Exception | None = None) -> None:
+        self.result, self.error = result, error
+        self.text = None if error is None else f"{type(error).__name__}: {error}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"result": self.result, "error": None, "text": self.text}
+
+    def value(self, rank: int, mine: _Outcome) -> Any:
+        """The result, of ``rank``; raises this rank's own error, or that of ``rank``."""
+        if mine.error is not None:
+            raise mine.error
+        if self.text is not None:
+            raise RankError(f"rank {rank}: {self.text}")
+        return self.result
+
+
+def _attempt(work: Callable[[], Any]) -> _Outcome:
+    try:
+        return _Outcome(work())
+    except Exception as error:
+        return _Outcome(None, error)
 
 
 class AnyRank(threading.Event):

@@ -134,6 +134,6 @@ def reference_rewards(run: Run, problems: Sequence[Problem], groups: Sequence[Gr
         score(run, groups, f"the reference at step {step}")
         drawn = [group.rewards for group in groups]
     else:
-        drawn = [run.cache.rewards(problem) for problem in problems]
+        drawn = run.cache.rewards_of(problems)
     size, pairing = run.config.rollout.group_size, run.config.reference.pairing
     return [reward for rewards in drawn for reward in pair(rewards, size, pairing)]

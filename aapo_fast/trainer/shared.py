@@ -125,7 +125,7 @@ class SharedScorer(Scorer):
 
 
 class SharedCache:
-    """The first rank's reference cache, which the others ask; ``missing``, ``fill`` and ``rewards`` are collective.
+    """The first rank's reference cache, which the others ask; ``missing``, ``rewards_of`` and ``fill`` are collective.
 
     Args:
         cache: None on every rank but the first.
@@ -152,8 +152,8 @@ class SharedCache:
         # Another run may have filled in some of them meanwhile.
         self._ranks.on_first(lambda: self._own.fill(todo, lambda left, _: [drawn[id(p)] for p in left]))
 
-    def rewards(self, problem: Problem) -> list[float]:
-        return self._ranks.on_first(lambda: self._own.rewards(problem))
+    def rewards_of(self, problems: Sequence[Problem]) -> list[list[float]]:
+        return self._ranks.on_first(lambda: self._own.rewards_of(problems))
 
     def close(self) -> None:
         if self._cache is not None:

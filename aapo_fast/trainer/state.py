@@ -125,6 +125,10 @@ def _moments(run: Run) -> dict[str, Tensor]:
 
 
 def _load_tensors(run: Run, found: Checkpoint) -> None:
+    if not found.path.is_dir():  # the first rank has read it
+        raise CheckpointError(
+            f"{found.path} is not there on this machine; to resume, put run.folder on a disk that all of them share"
+        )
     weights = _weights(run)
     if found.shapes(checkpoint.MODEL) != {name: tuple(t.shape) for name, t in weights.items()}:
         raise CheckpointError(f"{found.path} holds another model: names or shapes of its weights differ")

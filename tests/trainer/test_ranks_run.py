@@ -157,22 +157,34 @@ def test_torchrun(tmp_path, tiny_model, alone):
     check_same(alone, tmp_path / "run", tiny_model)
 
 
+BAD_REWARD = """
+import os, signal
+from pathlib import Path
+if os.environ["RANK"] == "1" and {at_once}:
+    raise ImportError("no grader here")
+def f(completions, prompts, **columns):
+    metrics = Path({metrics!r})
+    if os.environ["RANK"] == "1" and metrics.exists() and metrics.read_text():  # after the first step
+        os.kill(os.getppid(), signal.SIGKILL)
+    return [float(len(completions[0]))]
+"""
+
+
 @pytest.mark.parametrize(
-    ("body", "message"),
+    ("at_once", "message"),
     [
-        ("raise ImportError('no grader here')", "aapo-fast: error: rank 1: .* cannot be loaded: .*no grader here"),
-        ("import signal; os.kill(os.getppid(), signal.SIGKILL)",
-         "aapo-fast: error: rank 0: another rank was killed, or did not answer within 0:30:00"),
+        (True, "rank 1: the reward functions .* cannot be loaded: ImportError: no grader here"),
+        (False, "rank 0: another rank was killed, or did not answer within 0:30:00: "),
     ],
-    ids=["its reward function cannot be loaded", "it is killed"],
-)  # fmt: skip
-def test_a_rank_that_fails_ends_all_with_one_line(tmp_path, tiny_model, monkeypatch, body, message):
+    ids=["its reward function cannot be loaded", "it is killed in a step"],
+)
+def test_a_rank_that_fails_ends_all_with_one_line(tmp_path, tiny_model, monkeypatch, at_once, message):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "bad_reward.py").write_text(
-        f"import os\nif os.environ['RANK'] == '1':\n    {body}\ndef f(completions, prompts, **columns): return [1.0]\n"
-    )
-    code, output = torchrun(tmp_path, in_folder(tmp_path / "run", tiny_model, rewards=[{"function": "bad_reward:f"}]))
+    metrics = tmp_path / "run" / "run" / "metrics.jsonl"
+    (tmp_path / "bad_reward.py").write_text(BAD_REWARD.format(at_once=at_once, metrics=str(metrics)))
+    tree = in_folder(tmp_path / "run", tiny_model, rewards=[{"function": "bad_reward:f"}])
+    code, output = torchrun(tmp_path, tree)
     assert code != 0 and len(re.findall("^aapo-fast: error:", output, re.MULTILINE)) == 1, output
-    assert re.search(f"^{message}", output, re.MULTILINE), output
-    ours = output.split("torch/distributed/elastic")[0]
-    assert "aapo_fast/" not in "\n".join(re.findall(r'^  File "(.*)"', ours, re.MULTILINE)), output
+    assert re.search(f"^aapo-fast: error: {message}", output, re.MULTILINE), output
+    assert "aapo_fast" not in "".join(re.findall('  File "(.*)"', output)), output  # torchrun's is the only traceback
+    assert (tmp_path / "run" / "run" / "model").exists() != at_once  # as it was after the last step
