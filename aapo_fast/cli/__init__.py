@@ -50,10 +50,19 @@ def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
         return commands.serve(config.load(arguments.config, overrides), arguments.host, arguments.port)
     path = QUICKSTART if arguments.command == "quickstart" else arguments.config
     resume = [("run.resume", "true")] if getattr(arguments, "resume", False) else []
-    settings = config.load(path, [*overrides, *resume])
+    settings = _load(path, [*overrides, *resume])
     if arguments.command == "eval":
         return commands.evaluate(settings, arguments.output)
     return commands.train(settings, str(path), overrides)
+
+
+def _load(path: Path, overrides: list[tuple[str, str]]) -> config.Config:
+    try:
+        return config.load(path, overrides)
+    except config.ConfigError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # under torchrun one process of each machine says it
+            raise SystemExit(2) from None
+        raise
 
 
 def _split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -163,12 +163,11 @@ def joined_ranks(config: Config) -> Iterator[Ranks]:
     if world == 1:
         yield ONE
         return
-    on_cuda = _check(config, world)
     store, rank, world = next(dist.rendezvous("env://", timeout=TIME_LIMIT))
-    # What ranks tell each other is in the CPU's memory, so gloo is there beside NCCL.
-    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIME_LIMIT)
     try:
+        # What ranks tell each other is in the CPU's memory, so gloo is there beside NCCL.
+        backend = "cpu:gloo,cuda:nccl" if _takes_gpu(config, world) else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIME_LIMIT)
         yield Ranks(rank, world, int(os.environ.get("LOCAL_RANK", "0")))
     except Exception as error:
         if isinstance(error, RankError) or not _fails_first(store):
@@ -184,11 +183,13 @@ def joined_ranks(config: Config) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def _check(config: Config, world: int) -> bool:
-    """Refuse what several ranks cannot do; whether they train on CUDA."""
-    device, rollout = config.model.device, config.rollout
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"model.device={device!r}: with {world} ranks each takes its own GPU; give auto, cuda or cpu")
+def check_ranks(config: Config, world: int) -> None:
+    """Raises ConfigError for what several ranks cannot do."""
+    rollout = config.rollout
+    if config.model.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(
+            f"model.device={config.model.device!r}: with {world} ranks each takes its own GPU; give auto, cuda or cpu"
+        )
     if rollout.engine == "vllm":
         raise ConfigError(
             f"rollout.engine='vllm' is for one process, and there are {world} ranks; use 'vllm_server' with "
@@ -200,18 +201,21 @@ def _check(config: Config, world: int) -> bool:
             "in vllm.servers"
         )
     if rollout.max_staleness:
-        raise ConfigError(
-            f"rollout.max_staleness={rollout.max_staleness} is for one rank, and there are {world}; set 0"
-        )
-    if device == "cpu" or not torch.cuda.is_available():
+        raise ConfigError(f"rollout.max_staleness=1 is for one rank, and there are {world}; set it to 0")
+
+
+def _takes_gpu(config: Config, world: int) -> bool:
+    """Whether ranks train on CUDA, each on a GPU of its own: then this one's is the current device from now on."""
+    check_ranks(config, world)
+    if config.model.device == "cpu" or not torch.cuda.is_available():
         return False
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if local >= torch.cuda.device_count():
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"{int(os.environ.get('LOCAL_WORLD_SIZE', world))} ranks on a machine with {torch.cuda.device_count()} "
-            "GPUs; start one rank a GPU (torchrun --nproc-per-node), or give model.device='cpu'"
+            f"more ranks than the {torch.cuda.device_count()} GPUs of this machine; start one a GPU "
+            "(torchrun --nproc-per-node), or give model.device='cpu'"
         )
-    torch.cuda.set_device(local)
+    torch.cuda.set_device(local_rank)
     return True
 
 

@@ -66,9 +66,8 @@ def prepare(config: Config, display: Display, ranks: Ranks = ONE) -> Iterator[Ru
         resumed = ranks.on_first(lambda: find_checkpoint(config, display.note))
         folder = share_folder(ranks, Path(config.run.folder), lambda: open_folder(config, resumed))
         folder.write(CONFIG, to_dict(config))
-        scorer = stack.enter_context(
-            share_scorer(ranks, config.rewards, config.scoring)
-        )  # starts while the model loads
+        # Its process starts while the model loads.
+        scorer = stack.enter_context(share_scorer(ranks, config.rewards, config.scoring))
         display.note(f"loading {config.model.path}")
         ranks.one_a_machine(lambda: model_source(config.model.path))  # converted once, if it must be
         policy = Policy.from_config(config.model, config.rollout.temperature, config.loss, config.lora)
