@@ -82,7 +82,7 @@ def make_policy(ranks, family="llama", dtype="float64", lora_rank=0, **loss):
     model = support.tiny(family, dtype=getattr(torch, dtype))
     model.set_attn_implementation(attention.NAME)
     if lora_rank:
-        torch.manual_seed(0)
+        torch.manual_seed(ranks.rank)  # all must begin with the first rank's
         model = add_adapter(model, lora_rank, 32.0, ["all-linear"])
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # at zero, A would have no gradient

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -35,7 +36,8 @@ from aapo_fast.types import Batch, Sample
 
 
 class ShardedPolicy(Policy):
-    """``policy`` among the ranks; its model stays whole, and a copy of it is trained in shards.
+    """``policy`` among the ranks: its model stays whole, and a copy of it is trained in shards. All begin with the
+    first rank's weights.
 
     Making one, ``loss`` with its backward, ``collect``, and the norm of the gradient are collective.
     """
@@ -44,6 +46,9 @@ class ShardedPolicy(Policy):
         arguments = (policy.tokenizer, policy.temperature, policy.how)
         super().__init__(policy.model, *arguments)
         self.ranks = ranks
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:  # an adapter's begin at random
+                dist.broadcast(parameter.detach(), src=0)
         self._root = _Root(Policy(copy.deepcopy(policy.model), *arguments))
         self.trained = self._root.model
         mesh = init_device_mesh(self.device.type, (ranks.world,))
