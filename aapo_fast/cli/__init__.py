@@ -59,7 +59,7 @@ def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
         return _evaluate(arguments, overrides)
     path = QUICKSTART if arguments.command == "quickstart" else arguments.config
     resume = [("run.resume", "true")] if getattr(arguments, "resume", False) else []
-    settings = config.load(path, [*overrides, *resume])
+    settings = _load(path, [*overrides, *resume])
     return commands.train(settings, str(path), overrides)
 
 
@@ -83,6 +83,15 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -
     from aapo_fast.cli.evaluate import evaluate
 
     return evaluate(configs, every_row=arguments.all or bool(wanted), output=arguments.output)
+
+
+def _load(path: Path, overrides: list[tuple[str, str]]) -> config.Config:
+    try:
+        return config.load(path, overrides)
+    except config.ConfigError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # under torchrun one process of each machine says it
+            raise SystemExit(2) from None
+        raise
 
 
 def _split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:

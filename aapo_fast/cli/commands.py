@@ -23,6 +23,7 @@ try:
     from aapo_fast.trainer.display import Display
     from aapo_fast.trainer.engine import engine_settings
     from aapo_fast.trainer.policy import resolve_device
+    from aapo_fast.trainer.ranks import joined_ranks
     from aapo_fast.trainer.records import CURVE
 except ModuleNotFoundError as error:
     raise UserError(f"the package {error.name} is missing; run: pip install 'aapo-fast[train]'") from error
@@ -34,8 +35,9 @@ transformers.utils.logging.disable_progress_bar()
 
 def train(config: Config, config_path: str, overrides: Sequence[tuple[str, str]] = ()) -> int:
     """Train, then say what came of it and what to type next."""
-    display = Display()
-    summary = loop.train(config, display)
+    with joined_ranks(config) as ranks:
+        display = Display(quiet=not ranks.first)
+        summary = loop.train(config, display, ranks)
     folder = Path(summary["folder"])
     display.note("")
     if summary["accuracy_after"] is not None:

@@ -52,6 +52,25 @@ def microbatches(samples: Sequence[Weighted], max_tokens: int) -> Iterator[list[
         yield part
 
 
+def shares(samples: Sequence[Weighted], count: int) -> list[list[Weighted]]:
+    """One share for each of ``count`` ranks, of about as many tokens each: completions of one prompt stay together, and
+    the longest groups are dealt out first, each to the rank that has least.
+    """
+    if count == 1:
+        return [list(samples)]
+    groups: dict[tuple[int, ...], list[Weighted]] = {}
+    for weighted in samples:
+        groups.setdefault(weighted.sample.prompt_ids, []).append(weighted)
+    sizes = {prompt: len(prompt) + sum(len(w.sample.token_ids) for w in group) for prompt, group in groups.items()}
+    dealt: list[list[Weighted]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for prompt in sorted(groups, key=lambda p: -sizes[p]):  # stable: every rank deals alike
+        rank = loads.index(min(loads))
+        dealt[rank] += groups[prompt]
+        loads[rank] += sizes[prompt]
+    return dealt
+
+
 def pack(samples: Sequence[Weighted], device: torch.device | str = "cpu", ragged: bool = False) -> Batch:
     """One packed row in which completions of the same prompt share its tokens; ``ragged`` for flash attention."""
     ids: list[int] = []

@@ -7,8 +7,8 @@ full         only the inputs of layers are kept; a third more arithmetic
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,8 @@ ATTENTION = ("attention", "attn")
 
 
 def recompute_layers(decoder: nn.Module, kind: Literal["none", "selective", "full"]) -> None:
-    """Have the layers of ``decoder`` compute again what ``kind`` does not keep.
+    """Have the layers of ``decoder`` compute again what ``kind`` does not keep. Where gradients are wanted it has to be
+    called with ``use_cache=False``: a layer that is computed twice would lengthen the cache twice.
 
     Raises:
         UserError: it has no list of layers.
@@ -41,17 +42,17 @@ def recompute_layers(decoder: nn.Module, kind: Literal["none", "selective", "ful
     if kind == "selective":
         more["context_fn"] = partial(create_selective_checkpoint_contexts, _keep)
     for layer in layers:
-        layer.forward = _recomputed(layer.forward, more)
+        layer.forward = MethodType(partial(_recomputed, more), layer)
 
 
-def _recomputed(forward: Callable[..., Any], more: dict[str, Any]) -> Callable[..., Any]:
-    @wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():  # it generates
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, **more, **kwargs)
-
-    return run
+def _recomputed(more: dict[str, Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """``forward`` of a layer, as a method of it: a copy of the layer, for a frozen reference or for shards, must not go
+    on computing with the layer that it was copied from.
+    """
+    forward = partial(type(layer).forward, layer)
+    if not torch.is_grad_enabled():  # it generates
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, **more, **kwargs)
 
 
 def _keep(context: object, operator: Any, *args: object, **kwargs: object) -> CheckpointPolicy:

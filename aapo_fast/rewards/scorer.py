@@ -115,6 +115,10 @@ class Scorer:
         total = sum(reward.weight * value for reward, value in zip(self.rewards, values, strict=True))
         return Score(total, tuple(values), failure)
 
+    def score_all(self, completions: Sequence[tuple[Problem, str]]) -> list[Score]:
+        """One after the other."""
+        return [self.score(problem, text) for problem, text in completions]
+
     def _ask(self, request: str, index: int, problem: Problem, completion: str) -> object:
         """The worker's answer; a string is what went wrong."""
         if self._process is None:

@@ -29,7 +29,7 @@ def main(descriptor: int) -> None:
     while True:
         try:
             request, index, prompt, completion, columns = pipe.recv()
-        except EOFError:  # the trainer has gone
+        except (EOFError, OSError):  # the trainer has gone, or was killed
             return
         function, config = loaded[index]
         try:

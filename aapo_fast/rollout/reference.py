@@ -89,6 +89,10 @@ class ReferenceCache:
             raise KeyError(f"no reference rewards of {problem.row}")
         return rewards
 
+    def rewards_of(self, problems: Sequence[Problem]) -> list[list[float]]:
+        """As ``rewards``, of each."""
+        return [self.rewards(problem) for problem in problems]
+
     def fill(self, problems: Sequence[Problem], draw: Draw) -> None:
         """Draw, score and keep what is missing. ``draw`` may be called with a few problems at a time."""
         todo = self.missing(problems)

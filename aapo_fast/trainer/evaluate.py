@@ -59,11 +59,9 @@ def evaluate(
 
 
 def _values(scorer: Scorer, problems: Sequence[Problem], drawn: Sequence[Sequence[Sample]]) -> list[float]:
-    return [
-        scorer.score(problem, sample.text).values[0]
-        for problem, samples in zip(problems, drawn, strict=True)
-        for sample in samples
-    ]
+    pairs = zip(problems, drawn, strict=True)
+    scores = scorer.score_all([(problem, sample.text) for problem, samples in pairs for sample in samples])
+    return [score.values[0] for score in scores]
 
 
 def _share(values: Sequence[float], correct_at: float) -> float:

@@ -20,6 +20,7 @@ from aapo_fast.trainer.curve import plot_run
 from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.engine import max_logprob_gap
 from aapo_fast.trainer.evaluate import Evaluation
+from aapo_fast.trainer.ranks import ONE, AnyRank, Ranks
 from aapo_fast.trainer.records import MODEL, SUMMARY, Clock
 from aapo_fast.trainer.report import Step, Totals, evaluate_held_out, report_step, summarise
 from aapo_fast.trainer.resume import finished_summary
@@ -30,8 +31,12 @@ from aapo_fast.trainer.step import learning_rate, optimizer_step
 from aapo_fast.types import UserError
 
 
-def train(config: Config, display: Display | None = None) -> dict[str, Any]:
+def train(config: Config, display: Display | None = None, ranks: Ranks = ONE) -> dict[str, Any]:
     """Run AAPO as configured.
+
+    Args:
+        display: where to say how it goes; of several ranks, those after the first want a quiet one.
+        ranks: that train together, each of which calls this (``trainer.ranks``).
 
     Returns:
         The summary that is also written to summary.json.
@@ -41,11 +46,12 @@ def train(config: Config, display: Display | None = None) -> dict[str, Any]:
             then is in the run's folder, and the model as it then was is saved.
     """
     display, totals = display or Display(), Totals()
-    finished = finished_summary(config)
+    finished = ranks.on_first(lambda: finished_summary(config))
     if finished is not None:
         display.note(f"{config.run.folder} holds the finished run: {finished['steps']} steps, nothing left to resume")
         return finished
-    with prepare(config, display) as run, _stop_on_interrupt(display) as stop:
+    with prepare(config, display, ranks) as run, _stop_on_interrupt(display) as asked:
+        stop = AnyRank(asked, ranks)
         rollouts = Rollouts(run)
         # Of a run that is resumed, too: the policy is not what it was then before its checkpoint is loaded.
         reference_seconds = before_the_first_step(run, stop)
@@ -64,7 +70,7 @@ def train(config: Config, display: Display | None = None) -> dict[str, Any]:
         after = None if stop.is_set() else evaluate_held_out(run, step=totals.steps)
         summary = summarise(run, before, after, totals)
         run.folder.write(SUMMARY, summary)
-        if totals.steps:
+        if totals.steps and ranks.first:
             plot_run(run.folder.path)
         if before is not None and after is not None:
             shown = run.problems.held_out[:4]
@@ -74,7 +80,7 @@ def train(config: Config, display: Display | None = None) -> dict[str, Any]:
 
 
 def _save(run: Run, totals: Totals) -> None:
-    if totals.steps:
+    if totals.steps and run.ranks.first:
         save_model(run.policy.model, run.policy.tokenizer, run.folder.path / MODEL)
 
 

@@ -9,18 +9,19 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aapo_fast.config import LoraConfig, LossConfig, ModelConfig
 from aapo_fast.data.packing import Weighted, pack, pad
 from aapo_fast.models.flash import Flash, find_flash
-from aapo_fast.models.head import find_decoder, find_head
+from aapo_fast.models.head import Head, find_decoder, find_head
 from aapo_fast.models.liger import use_liger
 from aapo_fast.models.load import load_model, steers_attention
 from aapo_fast.models.lora import add_adapter, checkpoint_state
 from aapo_fast.models.recompute import recompute_layers
 from aapo_fast.objectives import AAPO, Objective, Regularized
 from aapo_fast.ops.linear_policy import PolicyLoss, linear_logprobs, linear_policy_loss
+from aapo_fast.trainer.ranks import ONE
 from aapo_fast.types import Batch, Sample, UserError
 
 DEFAULT_LOSS, FULL = LossConfig(), LoraConfig()
@@ -40,6 +41,8 @@ class Policy:
         flash: attention of packed batches; None for SDPA.
 
     Attributes:
+        trained: the module whose parameters the optimizer moves: ``model``, or shards of it (``trainer.sharded``).
+        ranks: that train it together.
         packed: whether batches are packed with shared prompts. False where the model's attention cannot be steered, or
             where it computes something else when it is (recurrent layers, say): then batches are right-padded.
     """
@@ -55,7 +58,9 @@ class Policy:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.precision, self.flash = precision, flash
-        self.decoder, self.head = find_decoder(model), find_head(model)
+        self.trained: nn.Module = model
+        self.ranks = ONE
+        self.decoder = find_decoder(model)
         self.device = self.head.weight.device
         self.temperature, self.how = temperature, loss
         self.packed = steers_attention(model) and self._packing_is_faithful()
@@ -96,6 +101,17 @@ class Policy:
         """The precision of what is computed inside."""
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
+    @property
+    def head(self) -> Head:
+        """As it is now: under FSDP the weight is another tensor within the forward than outside."""
+        return find_head(self.model)
+
+    def collect(self) -> None:
+        """Bring what the optimizer moved into ``model``."""
+
+    def distribute(self) -> None:
+        """Bring what was loaded into ``model`` to where it is trained."""
+
     def batch(self, samples: Sequence[Weighted]) -> Batch:
         """Tensors of one microbatch, on the model's device."""
         if self.packed:
@@ -122,29 +138,31 @@ class Policy:
         objective: Objective = AAPO(batch.advantages, batch.sequence_index, num_tokens, *correction)
         if self.how.regularizes:
             objective = Regularized(objective, num_tokens, self.how.entropy_bonus, self.how.z_loss)
+        head = self.head
         with self.autocast():
             return linear_policy_loss(
                 self.hidden_states(batch),
-                self.head.weight,
+                head.weight,
                 batch.targets,
                 objective,
                 implementation=self.how.implementation,
                 backward=self.how.backward,
                 sparsity_threshold=self.how.sparsity_threshold,
                 seed=seed,
-                **self.head.arguments(self.temperature),
+                **head.arguments(self.temperature),
             )
 
     @torch.no_grad()
     def logps(self, batch: Batch) -> Tensor:
         """(N,) fp32 log-probabilities of the targets."""
+        head = self.head
         with self.autocast():
             return linear_logprobs(
                 self.hidden_states(batch),
-                self.head.weight,
+                head.weight,
                 batch.targets,
                 implementation=self.how.implementation,
-                **self.head.arguments(self.temperature),
+                **head.arguments(self.temperature),
             ).logps
 
     def num_parameters(self) -> tuple[int, int]:

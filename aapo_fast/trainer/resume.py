@@ -15,6 +15,7 @@ from typing import Any
 from aapo_fast.config import Config, ConfigError, flatten, parse
 from aapo_fast.data.tasks import Problems
 from aapo_fast.trainer.checkpoint import Checkpoint, CheckpointError, clear_unfinished, read, steps_written
+from aapo_fast.trainer.ranks import Ranks
 from aapo_fast.trainer.records import CHECKPOINTS, CONFIG, SUMMARY, holds_a_run
 from aapo_fast.types import UserError
 
@@ -111,6 +112,19 @@ def check_identity(found: Checkpoint, identity: Mapping[str, str]) -> None:
             f"{found.path} is of another run: what {' and '.join(changed)} stands for has changed since it began; put "
             "it back, or begin another run in another run.folder"
         )
+
+
+def check_same_on_all(ranks: Ranks, identity: Mapping[str, str]) -> None:
+    """Raises UserError if model, data or reward functions are not the same on every rank, which may be on machines with
+    disks of their own.
+    """
+    first, *others = ranks.each(lambda: identity)
+    for rank, other in enumerate(others, start=1):
+        if changed := [key for key in first if other[key] != first[key]]:
+            raise UserError(
+                f"rank {rank} has other contents for {' and '.join(changed)} than rank 0; put the same files on every "
+                "machine"
+            )
 
 
 def _is_the_same_run(config: Config) -> bool:

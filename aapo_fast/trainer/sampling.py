@@ -53,9 +53,10 @@ def score(run: Run, groups: Sequence[Group], where: str) -> list[str]:
         UserError: a larger share failed than [scoring] allows.
     """
     failures = []
+    results = iter(run.scorer.score_all([(group.problem, s.text) for group in groups for s in group.samples]))
     for group in groups:
-        for sample in group.samples:
-            result = run.scorer.score(group.problem, sample.text)
+        for _ in group.samples:
+            result = next(results)
             group.rewards.append(result.reward)
             if result.failure is not None:
                 failures.append(f"{group.problem.row}: {result.failure}")
@@ -133,6 +134,6 @@ def reference_rewards(run: Run, problems: Sequence[Problem], groups: Sequence[Gr
         score(run, groups, f"the reference at step {step}")
         drawn = [group.rewards for group in groups]
     else:
-        drawn = [run.cache.rewards(problem) for problem in problems]
+        drawn = run.cache.rewards_of(problems)
     size, pairing = run.config.rollout.group_size, run.config.reference.pairing
     return [reward for rewards in drawn for reward in pair(rewards, size, pairing)]

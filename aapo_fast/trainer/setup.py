@@ -12,15 +12,17 @@ import torch
 
 from aapo_fast.config import Config, ConfigError, to_dict
 from aapo_fast.data.tasks import Problems, load_problems, order
-from aapo_fast.models.load import cache_folder
+from aapo_fast.models.load import cache_folder, model_source
 from aapo_fast.rewards.scorer import Scorer
 from aapo_fast.rollout.reference import ReferenceCache
 from aapo_fast.trainer.checkpoint import Checkpoint
 from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.engine import engine_version, make_engine
 from aapo_fast.trainer.policy import Policy
+from aapo_fast.trainer.ranks import ONE, Ranks
 from aapo_fast.trainer.records import CONFIG, RunFolder
-from aapo_fast.trainer.resume import check_identity, find_checkpoint, identify
+from aapo_fast.trainer.resume import check_identity, check_same_on_all, find_checkpoint, identify
+from aapo_fast.trainer.shared import SharedCache, share_cache, share_engine, share_folder, share_policy, share_scorer
 from aapo_fast.trainer.step import make_optimizer
 from aapo_fast.types import Problem, RolloutEngine, SamplingParams
 
@@ -30,12 +32,14 @@ class Run:
     """The parts of a run.
 
     Attributes:
+        ranks: that this run has; what follows is as if there were one, unless it says otherwise.
         schedule: the problems of each step.
         identity: digests of what the config only names (``trainer.resume``).
         resumed: the checkpoint that it goes on from, or None.
     """
 
     config: Config
+    ranks: Ranks
     display: Display
     folder: RunFolder
     policy: Policy
@@ -45,13 +49,13 @@ class Run:
     schedule: list[list[Problem]]
     sampling: SamplingParams
     optimizer: torch.optim.Optimizer
-    cache: ReferenceCache | None
+    cache: ReferenceCache | SharedCache | None
     identity: dict[str, str]
     resumed: Checkpoint | None
 
 
 @contextmanager
-def prepare(config: Config, display: Display) -> Iterator[Run]:
+def prepare(config: Config, display: Display, ranks: Ranks = ONE) -> Iterator[Run]:
     """Load and check everything; on leaving, end the reward process and close the cache.
 
     Raises:
@@ -59,16 +63,13 @@ def prepare(config: Config, display: Display) -> Iterator[Run]:
     """
     torch.manual_seed(config.run.seed)
     with ExitStack() as stack:
-        resumed = find_checkpoint(config, display.note)
-        folder = RunFolder(
-            Path(config.run.folder),
-            overwrite=config.run.overwrite or config.run.resume,
-            tensorboard=config.run.tensorboard,
-            resumed_step=resumed.step if resumed else None,
-        )
+        resumed = ranks.on_first(lambda: find_checkpoint(config, display.note))
+        folder = share_folder(ranks, Path(config.run.folder), lambda: open_folder(config, resumed))
         folder.write(CONFIG, to_dict(config))
-        scorer = stack.enter_context(Scorer(config.rewards, config.scoring))  # starts while the model loads
+        # Its process starts while the model loads.
+        scorer = stack.enter_context(share_scorer(ranks, config.rewards, config.scoring))
         display.note(f"loading {config.model.path}")
+        ranks.one_a_machine(lambda: model_source(config.model.path))  # converted once, if it must be
         policy = Policy.from_config(config.model, config.rollout.temperature, config.loss, config.lora)
         if config.lora.rank:
             trained, every = policy.num_parameters()
@@ -82,30 +83,44 @@ def prepare(config: Config, display: Display) -> Iterator[Run]:
         with display.progress("checking answers") as progress:
             scorer.check([*problems.held_out, *problems.train], progress)
         identity = identify(policy.fingerprint(), problems, scorer.version())
+        check_same_on_all(ranks, identity)
         if resumed is not None:
             check_identity(resumed, identity)
         sampling = sampling_params(config)
-        cache = open_cache(config, policy, identity, sampling) if config.reference.mode == "cached" else None
-        if cache is not None:
+        cache = None
+        if config.reference.mode == "cached":
+            cache = share_cache(ranks, lambda: open_cache(config, policy, identity, sampling))
             stack.callback(cache.close)
-            cache.this_run_only |= resumed.state["reference"] if resumed else {}
-        engine = make_engine(config, policy, folder.path, display)
+            cache.this_run_only.update(resumed.state["reference"] if resumed else {})
+        engine = share_engine(ranks, config.rollout.engine, lambda: make_engine(config, policy, folder.path, display))
         stack.callback(engine.close)
+        shared = share_policy(ranks, policy)
         yield Run(
             config=config,
+            ranks=ranks,
             display=display,
             folder=folder,
-            policy=policy,
+            policy=shared,
             engine=engine,
             scorer=scorer,
             problems=problems,
             schedule=make_schedule(config, problems.train),
             sampling=sampling,
-            optimizer=make_optimizer(policy, config.train),
+            optimizer=make_optimizer(shared, config.train),
             cache=cache,
             identity=identity,
             resumed=resumed,
         )
+
+
+def open_folder(config: Config, resumed: Checkpoint | None) -> RunFolder:
+    """The run's folder, empty or as a checkpoint left it."""
+    return RunFolder(
+        Path(config.run.folder),
+        overwrite=config.run.overwrite or config.run.resume,
+        tensorboard=config.run.tensorboard,
+        resumed_step=resumed.step if resumed else None,
+    )
 
 
 def sampling_params(config: Config) -> SamplingParams:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from aapo_fast.config import to_dict
 from aapo_fast.models.lora import has_adapter
+from aapo_fast.ops.linear_policy.sharded import whole
 from aapo_fast.trainer import checkpoint
 from aapo_fast.trainer.ahead import Rollouts
 from aapo_fast.trainer.checkpoint import Checkpoint, CheckpointError
@@ -31,8 +32,14 @@ from aapo_fast.types import Group, Sample
 
 def save(run: Run, totals: Totals, rollouts: Rollouts, before: Evaluation | None) -> bool:
     """Write a checkpoint of what the last step has left, and forget the oldest. A disk that is full does not end the
-    run: it says so, and the last good one stays. Whether it was written.
+    run: it says so, and the last good one stays. Whether it was written. Of several ranks the first writes what all
+    have, the moments gathered; so it can be taken up by any number of them.
     """
+    moments = _moments(run)
+    return run.ranks.on_first(lambda: _write(run, totals, rollouts, before, moments))
+
+
+def _write(run: Run, totals: Totals, rollouts: Rollouts, before: Evaluation | None, moments: dict[str, Tensor]) -> bool:
     parent = run.folder.path / CHECKPOINTS
     drawn = rollouts.drawn()
     try:
@@ -46,7 +53,7 @@ def save(run: Run, totals: Totals, rollouts: Rollouts, before: Evaluation | None
             "before": None if before is None else asdict(before),
             "records": run.folder.sizes(),
         }
-        checkpoint.write(parent, totals.steps, _weights(run), _moments(run), state)
+        checkpoint.write(parent, totals.steps, _weights(run), moments, state)
     except OSError as error:
         last = next((f"the last is of step {step}" for step, _ in checkpoint.steps_written(parent)), "there is none")
         run.display.note(f"no checkpoint of step {totals.steps}: {error.strerror or error}; {last}")
@@ -99,29 +106,44 @@ def _weights(run: Run) -> dict[str, Tensor]:
 
 def _names(run: Run) -> list[str]:
     """Of the optimizer's parameters, in its order."""
-    names = {id(parameter): name for name, parameter in run.policy.model.named_parameters()}
+    names = {id(parameter): name for name, parameter in run.policy.trained.named_parameters()}
     return [names[id(p)] for group in run.optimizer.param_groups for p in group["params"]]
 
 
 def _moments(run: Run) -> dict[str, Tensor]:
-    """``optimizer.NAME.KEY``; of parameters without a gradient so far there are none."""
+    """``optimizer.NAME.KEY``, whole; of parameters without a gradient so far there are none. Gathered by all ranks, for
+    the first.
+    """
     names, state = _names(run), run.optimizer.state_dict()["state"]
-    return {f"optimizer.{names[i]}.{key}": tensor for i in state for key, tensor in state[i].items()}
+    moments = {}
+    for index in state:
+        for key, tensor in state[index].items():
+            gathered = whole(tensor)
+            if run.ranks.first:
+                moments[f"optimizer.{names[index]}.{key}"] = gathered if gathered is tensor else gathered.cpu()
+    return moments
 
 
 def _load_tensors(run: Run, found: Checkpoint) -> None:
+    if not found.path.is_dir():  # the first rank has read it
+        raise CheckpointError(
+            f"{found.path} is not there on this machine; to resume, put run.folder on a disk that all of them share"
+        )
     weights = _weights(run)
     if found.shapes(checkpoint.MODEL) != {name: tuple(t.shape) for name, t in weights.items()}:
         raise CheckpointError(f"{found.path} holds another model: names or shapes of its weights differ")
-    parameters = dict(run.policy.model.named_parameters())
+    parameters = dict(run.policy.trained.named_parameters())
     indices = {name: index for index, name in enumerate(_names(run))}
     state: dict[int, dict[str, Tensor]] = {}
     moments: dict[str, Tensor] = {}
     for full, shape in found.shapes(checkpoint.OPTIMIZER).items():
         name, _, key = full.removeprefix("optimizer.").rpartition(".")
-        moments[full] = torch.empty(shape, dtype=torch.float32, device=parameters[name].device)
-        state.setdefault(indices[name], {})[key] = moments[full]
+        trained = parameters[name].detach()
+        # Like the parameter, which may be a shard: each rank reads its own. The step count is a scalar.
+        empty = torch.empty_like(trained) if shape else torch.empty((), device=trained.device)
+        moments[full] = state.setdefault(indices[name], {})[key] = empty
     found.load(weights | moments)
+    run.policy.distribute()
     run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": state})
 
 

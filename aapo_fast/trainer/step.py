@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from aapo_fast.config import TrainConfig
-from aapo_fast.data.packing import Weighted, microbatches
+from aapo_fast.data.packing import Weighted, microbatches, shares
+from aapo_fast.ops.linear_policy.sharded import whole
 from aapo_fast.trainer.mismatch import Mismatch
 from aapo_fast.trainer.policy import Policy
+from aapo_fast.trainer.ranks import Ranks
 from aapo_fast.types import UserError
 
 
@@ -41,7 +43,7 @@ class StepResult:
 
 def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW over all parameters; decay, where wanted, on matrices only."""
-    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    parameters = [p for p in policy.trained.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -77,6 +79,8 @@ def optimizer_step(
     The denominator is the completion tokens of all ``samples``, those without weight included; samples without weight
     are then left out of the forward pass, where nothing depends on them. ``seed`` is that of sparse gradient rows.
 
+    Every rank is given all ``samples`` and trains on its share of them; the result is that of all.
+
     Raises:
         UserError: the samples' log-probabilities are on average further than ``max_logprob_gap`` nats from the
             policy's: they come from other weights or another distribution. The weights are as they were.
@@ -86,7 +90,7 @@ def optimizer_step(
     loss, entropy, trained = 0.0, 0.0, 0
     logps: list[Tensor] = []
     rollout_logps: list[Tensor] = []
-    for index, part in enumerate(microbatches(live, config.max_microbatch_tokens)):
+    for index, part in _microbatches(policy.ranks, live, config.max_microbatch_tokens):
         batch = policy.batch(part)
         out = policy.loss(batch, num_tokens, seed + index)
         out.loss.backward()
@@ -95,7 +99,10 @@ def optimizer_step(
         trained += out.entropy.numel()
         logps.append(out.logps)
         rollout_logps.append(batch.rollout_logps)
-    mismatch = Mismatch.of(logps, rollout_logps, policy.how.max_importance_weight)
+    loss, entropy, total = policy.ranks.total(loss, entropy, trained)
+    trained = int(total)
+    pieces = policy.ranks.pieces
+    mismatch = Mismatch.of(pieces(logps), pieces(rollout_logps), policy.how.max_importance_weight)
     if not trained:
         return StepResult(0.0, math.nan, 0.0, 0, updated=False, finite=True, mismatch=mismatch)
     try:
@@ -104,11 +111,22 @@ def optimizer_step(
         optimizer.zero_grad(set_to_none=True)
         raise
     limit = config.max_grad_norm or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), limit).item()
+    norm = whole(torch.nn.utils.clip_grad_norm_(policy.trained.parameters(), limit)).item()
     finite = math.isfinite(norm) and math.isfinite(loss)
     if finite:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
+        policy.collect()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(loss, entropy / trained, norm, trained, updated=finite, finite=finite, mismatch=mismatch)
+
+
+def _microbatches(ranks: Ranks, live: Sequence[Weighted], max_tokens: int) -> Iterator[tuple[int, list[Weighted]]]:
+    """This rank's microbatches, numbered apart from those of all others; as many on every rank, since each is a
+    collective pass: a rank whose own are used up has empty ones.
+    """
+    cuts = [list(microbatches(share, max_tokens)) for share in shares(live, ranks.world)]
+    mine = cuts[ranks.rank]
+    for number in range(max(map(len, cuts))):
+        yield number * ranks.world + ranks.rank, mine[number] if number < len(mine) else []

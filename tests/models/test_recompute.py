@@ -1,5 +1,7 @@
 """Activation checkpointing and precision: the same gradient, from less memory or fewer bits."""
 
+import copy
+
 import pytest
 import support
 import torch
@@ -75,6 +77,26 @@ def test_generation_is_left_alone_and_names_stay():
         more = policy.model(torch.tensor([[6]]), past_key_values=out.past_key_values, use_cache=True)
         whole = policy.model(torch.tensor([[3, 4, 5, 6]]))
     assert torch.allclose(more.logits[0, -1], whole.logits[0, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+def test_a_copy_computes_with_its_own_weights(kind):
+    """A frozen reference is a copy of the policy; so is what FSDP cuts into shards."""
+    model = support.tiny()
+    recompute_layers(model.model, kind)
+    twin = copy.deepcopy(model)
+
+    def logits(of):
+        return of(torch.tensor([[3, 4, 5]]), use_cache=False).logits
+
+    before = logits(twin)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.mul_(1.5)
+    assert torch.equal(logits(twin), before) and not torch.allclose(logits(model), before)
+    logits(twin).sum().backward()
+    weights = (m.model.layers[0].mlp.up_proj.weight for m in (twin, model))
+    assert [weight.grad is None for weight in weights] == [False, True]
 
 
 def test_a_decoder_without_layers_is_refused():

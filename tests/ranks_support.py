@@ -1,0 +1,172 @@
+"""Several ranks in processes of their own, over gloo; what they do is a function of this file.
+
+One Python imports everything and forks for each rank, so that a test costs little more than what its ranks do.
+"""
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import traceback
+from pathlib import Path
+
+import support
+import torch
+from torch import distributed as dist
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["ranks_support", "aapo_fast.trainer.loop", "aapo_fast.trainer.sharded", "peft"])
+
+
+class Raised(tuple):
+    """An exception of a rank: the name of its type, and its text."""
+
+    __slots__ = ()
+
+
+def on_ranks(world, function, *arguments, limit_seconds=120):
+    """``function(ranks, *arguments)`` of this file on each of ``world`` ranks; what it returns or raises, by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"store": f"file://{Path(folder) / 'store'}", "cache": os.environ["AAPO_FAST_CACHE"]}
+        pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world)]
+        processes = [
+            CONTEXT.Process(target=_rank, args=(rank, world, environment, pipe[1], function.__name__, arguments))
+            for rank, pipe in enumerate(pipes)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            for rank, (end, _) in enumerate(pipes):
+                assert end.poll(limit_seconds), f"rank {rank} of {world} hangs in {function.__name__}"
+            return [end.recv() for end, _ in pipes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def results(world, function, *arguments):
+    """As ``on_ranks``, where no rank may raise."""
+    found = on_ranks(world, function, *arguments)
+    assert not any(isinstance(result, Raised) for result in found), found
+    return found
+
+
+def _rank(rank, world, environment, end, name, arguments):
+    from aapo_fast.trainer.ranks import Ranks
+
+    os.environ |= {"AAPO_FAST_CACHE": environment["cache"], "GLOO_SOCKET_IFNAME": "lo", "RANK": str(rank)}
+    torch.set_num_threads(1)
+    try:
+        if world > 1:
+            dist.init_process_group("gloo", init_method=environment["store"], rank=rank, world_size=world)
+        end.send(globals()[name](Ranks(rank, world, rank), *arguments))
+    except BaseException as error:
+        traceback.print_exc()
+        end.send(Raised((type(error).__name__, str(error))))
+    signal.pause()  # until all are done: the others may still have something to hear from this one
+
+
+# --- optimizer steps ------------------------------------------------------------------------------------------------
+
+
+def make_policy(ranks, family="llama", dtype="float64", lora_rank=0, **loss):
+    from aapo_fast.config import LossConfig
+    from aapo_fast.models import attention
+    from aapo_fast.models.lora import add_adapter
+    from aapo_fast.ops.linear_policy import sparse
+    from aapo_fast.trainer.policy import Policy
+    from aapo_fast.trainer.shared import share_policy
+
+    sparse.DENSE_SHARE = 10.0  # a vocabulary of 45 would always be dense
+    model = support.tiny(family, dtype=getattr(torch, dtype))
+    model.set_attn_implementation(attention.NAME)
+    if lora_rank:
+        torch.manual_seed(ranks.rank)  # all must begin with the first rank's
+        model = add_adapter(model, lora_rank, 32.0, ["all-linear"])
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # at zero, A would have no gradient
+                torch.nn.init.normal_(parameter.data, std=0.1, generator=torch.Generator().manual_seed(1))
+    return share_policy(ranks, Policy(model, support.tokenizer(), 1.0, LossConfig(**loss)))
+
+
+def gradient(ranks, samples, seeds, max_tokens, policy):
+    """What the optimizer is handed, whole, on average over seeds; what the step says of the first; and how many
+    microbatches this rank had.
+    """
+    from aapo_fast.config import TrainConfig
+    from aapo_fast.ops.linear_policy.sharded import whole
+    from aapo_fast.trainer.step import make_optimizer, optimizer_step
+
+    config = TrainConfig(max_grad_norm=0.0, max_microbatch_tokens=max_tokens)
+    made = make_policy(ranks, **policy)
+    optimizer = make_optimizer(made, config)
+    taken, sizes, real = [], [], made.batch
+    made.batch = lambda part: sizes.append(len(part)) or real(part)
+    parameters = [p for p in made.trained.parameters() if p.requires_grad]
+    optimizer.step = lambda: taken.append(torch.cat([whole(p.grad).flatten() for p in parameters]))
+    found = [optimizer_step(made, optimizer, samples, config, 1e-3, seed) for seed in seeds]
+    return sum(taken) / len(taken) if taken else None, found[0], sizes
+
+
+def trained(ranks, steps, policy):
+    """Parameters after AdamW steps on the samples of each, and what each step says."""
+    from aapo_fast.config import TrainConfig
+    from aapo_fast.trainer.step import make_optimizer, optimizer_step
+
+    config = TrainConfig(max_grad_norm=1.0, max_microbatch_tokens=40)
+    made = make_policy(ranks, **policy)
+    optimizer = make_optimizer(made, config)
+    found = [optimizer_step(made, optimizer, samples, config, 1e-3) for samples in steps]
+    return torch.cat([p.detach().flatten() for p in made.model.parameters()]), found
+
+
+# --- whole runs -----------------------------------------------------------------------------------------------------
+
+
+def train(ranks, tree, dies_at=0, interrupted_in=0, servers=False):
+    """A run, which dies when step ``dies_at`` begins, or whose last rank is told to stop in step ``interrupted_in``."""
+    from fork_runs import snapshot_engine
+    from resume_support import Notes
+
+    from aapo_fast import config
+    from aapo_fast.trainer import loop, setup
+
+    real = loop.train_step
+
+    def step(run, number, *rest):
+        if number == dies_at:
+            raise KeyboardInterrupt
+        real(run, number, *rest)
+        if number == interrupted_in and ranks.rank == ranks.world - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    loop.train_step = step
+    if servers:
+        setup.make_engine = snapshot_engine
+    notes = Notes()
+    return loop.train(config.parse(tree), notes, ranks), notes.text
+
+
+def fails(ranks, which, kind):
+    """One rank fails in its share of the work, and then all are asked for something else."""
+    from aapo_fast.types import UserError
+
+    def work(items):
+        if ranks.rank == which:
+            raise {"user": UserError, "bug": ZeroDivisionError}[kind]("no such thing")
+        return items
+
+    return ranks.spread(range(10), work)
+
+
+def told(ranks):
+    """One of everything."""
+    return (
+        ranks.spread(list("abcdefg"), lambda items: [f"{item}{ranks.rank}" for item in items]),
+        ranks.spread(["a"], lambda items: [f"{item}{ranks.rank}" for item in items]),
+        ranks.total(0.1 * ranks.rank, 1),
+        [ranks.any(ranks.rank == 1), ranks.any(False)],
+        ranks.on_first(lambda: ranks.rank),
+        [t.tolist() for t in ranks.pieces([torch.tensor([ranks.rank])] * ranks.rank)],
+    )

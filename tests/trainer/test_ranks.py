@@ -1,0 +1,179 @@
+"""Several ranks train as one does: the same samples, the same gradient, the same weights; and they fail together."""
+
+import dataclasses
+import math
+import random
+
+import pytest
+import ranks_support
+import support
+import torch
+from ranks_support import Raised, on_ranks, results
+from torch import distributed as dist
+
+from aapo_fast.data.packing import Weighted, shares
+from aapo_fast.trainer import step
+from aapo_fast.trainer.ranks import Ranks
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+
+# The models are in float64, but Transformers computes their norms and rotary angles in fp32.
+ROUNDING = 1e-6
+
+
+def make_samples(seed=0, groups=5, live=None):
+    """``groups`` groups of four; only those in ``live`` have an advantage."""
+    rng = random.Random(seed)
+    samples = []
+    for group in range(groups):
+        prompt = [rng.randrange(1, 40) for _ in range(rng.randrange(2, 8))]
+        for _ in range(4):
+            completion = [rng.randrange(1, 40) for _ in range(rng.randrange(1, 7))]
+            advantage = rng.uniform(-2, 2) if live is None or group in live else 0.0
+            drawn = dataclasses.replace(
+                support.sample(prompt, completion), logprobs=tuple(rng.uniform(-4, -1) for _ in completion)
+            )
+            samples.append(Weighted(drawn, advantage))
+    return samples
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+# --- what ranks tell each other -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_what_ranks_tell_each_other_is_the_same_on_all(world):
+    found = results(world, ranks_support.told)
+    assert all(result == found[0] for result in found)
+    many, one, total, flags, first, pieces = found[0]
+    assert many == [f"{letter}{place % world}" for place, letter in enumerate("abcdefg")]
+    assert one == ["a0"] and first == 0 and flags == [True, False]
+    assert total == [0.1 if world == 2 else 0.1 + 0.2, world]
+    assert pieces == [[rank] for rank in range(world) for _ in range(rank)]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("user", "UserError"), ("bug", "ZeroDivisionError")])
+def test_what_fails_on_one_rank_fails_on_all(kind, name):
+    found = on_ranks(3, ranks_support.fails, 1, kind)
+    assert found[1] == Raised((name, "no such thing"))
+    assert found[0] == found[2] == Raised(("RankError", f"rank 1: {name}: no such thing"))
+
+
+# --- one gradient ---------------------------------------------------------------------------------------------------
+
+
+def test_groups_are_dealt_out_whole_and_evenly():
+    samples = make_samples(groups=11)
+    for count in (1, 2, 3, 20):
+        dealt = shares(samples, count)
+        assert sorted(map(repr, samples)) == sorted(repr(w) for share in dealt for w in share)
+        prompts = [{w.sample.prompt_ids for w in share} for share in dealt]
+        assert sum(map(len, prompts)) == 11
+    loads = [sum(len(w.sample.token_ids) for w in share) for share in shares(samples, 3)]
+    assert max(loads) < 1.5 * min(loads)
+    assert shares(samples, 1) == [samples]
+
+
+def test_every_rank_has_as_many_microbatches_and_no_seed_twice():
+    samples = make_samples(live=[0, 1, 2])
+    cuts = [list(step._microbatches(Ranks(rank, 4), samples[:12], 20)) for rank in range(4)]
+    assert len({len(cut) for cut in cuts}) == 1
+    seeds = [index for cut in cuts for index, part in cut]
+    assert len(set(seeds)) == len(seeds)
+    assert cuts[3] == [(index, []) for index, _ in cuts[3]]
+    assert [index for index, _ in step._microbatches(Ranks(0, 1), samples, 20)] == list(range(6))
+    assert list(step._microbatches(Ranks(0, 3), [], 20)) == []
+
+
+POLICIES = [
+    {"family": "llama"},
+    {"family": "llama tied"},
+    {"family": "gemma2, both soft-caps"},
+    {"family": "phi, biased head"},
+    {"family": "falcon-h1, recurrent"},
+    {"entropy_bonus": 0.3, "z_loss": 0.02},
+    {"lora_rank": 2},
+    {"family": "llama tied", "backward": "sparse", "sparsity_threshold": 2**-40},  # keeps every entry
+]
+
+
+@pytest.mark.parametrize(
+    ("world", "policy"), [*((2, p) for p in POLICIES), *((3, POLICIES[i]) for i in (0, 1, 6, 7))], ids=str
+)
+def test_the_gradient_is_that_of_one_rank(world, policy):
+    """However groups are dealt out: five of them, microbatches of unequal number, and their count not divisible."""
+    samples = make_samples()
+    [(truth, alone, _)] = results(1, ranks_support.gradient, samples, [0], 40, policy)
+    found = results(world, ranks_support.gradient, samples, [0], 40, policy)
+    for ours, result, _ in found:
+        assert relative(ours, truth) < ROUNDING
+        assert result == found[0][1]
+        assert result.loss == pytest.approx(alone.loss, rel=1e-6)
+        assert result.entropy == pytest.approx(alone.entropy, rel=1e-6)
+        assert result.grad_norm == pytest.approx(alone.grad_norm, rel=1e-6)
+        assert result.trained_tokens == alone.trained_tokens
+        assert dataclasses.astuple(result.mismatch) == pytest.approx(dataclasses.astuple(alone.mismatch), rel=1e-6)
+    assert len({len(sizes) for *_, sizes in found}) == 1
+
+
+@pytest.mark.parametrize("live", [[2], [0, 4], []])
+def test_a_rank_without_anything_to_learn_from(live):
+    samples = make_samples(live=live)
+    [(truth, alone, _)] = results(1, ranks_support.gradient, samples, [0], 15, {})
+    found = results(3, ranks_support.gradient, samples, [0], 15, {})
+    assert all(sizes and not any(sizes) for *_, sizes in found[len(live) :]) == bool(live)  # it took part, with nothing
+    for ours, result, _ in found:
+        assert ours is truth is None if not live else relative(ours, truth) < ROUNDING
+        assert result.updated == alone.updated and result.trained_tokens == alone.trained_tokens
+
+
+def test_a_nonfinite_gradient_is_skipped_on_all_ranks():
+    poisoned = make_samples()
+    poisoned[1] = dataclasses.replace(poisoned[1], advantage=math.nan)
+    good = make_samples(seed=1)
+    [(truth, _)] = results(1, ranks_support.trained, [good], {})
+    found = results(2, ranks_support.trained, [poisoned, good], {})
+    assert torch.equal(found[0][0], found[1][0])
+    for ours, (skipped, taken) in found:
+        assert not skipped.updated and not skipped.finite and taken.updated
+        assert relative(ours, truth) < ROUNDING
+
+
+def test_sparse_rows_are_another_sample_and_right_on_average():
+    """Rows are numbered within a microbatch, and these are cut otherwise by two ranks: another draw, unbiased too."""
+    policy, sparse = {}, {"backward": "sparse", "sparsity_threshold": 2**-3}
+    samples = make_samples()
+    [(truth, *_)] = results(1, ranks_support.gradient, samples, [0], 40, policy)
+    [(one, *_)] = results(1, ranks_support.gradient, samples, [0], 40, sparse)
+    (two, *_), (again, *_) = results(2, ranks_support.gradient, samples, [0], 40, sparse)
+    (mean, *_), _ = results(2, ranks_support.gradient, samples, range(0, 2500, 100), 40, sparse)
+    assert torch.equal(two, again)
+    noise = relative(two, truth)
+    assert 0.02 < noise < 0.5 and relative(two, one) > 0.5 * noise
+    assert relative(mean, truth) < 0.35 * noise  # a fifth, of 25 draws
+
+
+@pytest.mark.parametrize(
+    ("world", "family", "dtype", "bound"),
+    [
+        (2, "llama", "float64", 2 * ROUNDING),
+        (3, "llama tied", "float64", 2 * ROUNDING),
+        (2, "llama tied", "float32", 1e-3),
+        (3, "llama", "float32", 1e-3),
+    ],
+)
+def test_weights_after_some_steps_are_those_of_one_rank(world, family, dtype, bound):
+    """Of the way they have come. AdamW divides each entry by its own size, so one whose gradient is all rounding moves
+    as far as any other: in float32 more of the difference is left than the rounding of a gradient.
+    """
+    policy, batches = {"family": family, "dtype": dtype}, [make_samples(seed) for seed in range(4)]
+    [(start, _)] = results(1, ranks_support.trained, [], policy)
+    [(truth, alone)] = results(1, ranks_support.trained, batches, policy)
+    found = results(world, ranks_support.trained, batches, policy)
+    for ours, said in found:
+        assert torch.equal(ours, found[0][0])
+        assert relative(ours - start, truth - start) < bound
+        assert [r.grad_norm for r in said] == pytest.approx([r.grad_norm for r in alone], rel=bound)
