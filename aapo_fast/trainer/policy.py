@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -43,6 +44,7 @@ class Policy:
     Attributes:
         trained: the module whose parameters the optimizer moves: ``model``, or shards of it (``trainer.sharded``).
         ranks: that train it together.
+        max_microbatch_tokens: what the device's memory was found to hold.
         packed: whether batches are packed with shared prompts. False where the model's attention cannot be steered, or
             where it computes something else when it is (recurrent layers, say): then batches are right-padded.
     """
@@ -60,6 +62,7 @@ class Policy:
         self.precision, self.flash = precision, flash
         self.trained: nn.Module = model
         self.ranks = ONE
+        self.max_microbatch_tokens = sys.maxsize
         self.decoder = find_decoder(model)
         self.device = self.head.weight.device
         self.temperature, self.how = temperature, loss

@@ -55,6 +55,11 @@ def report_step(run: Run, step: Step) -> None:
     for line in _samples(step, run.config.run.samples_kept):
         run.folder.append(SAMPLES, line)
     run.display.step(record, run.config.train.steps)
+    if step.result.ran_out_of_memory:
+        run.display.note(
+            f"step {step.number} did not fit into the GPU's memory and was done in smaller microbatches; the run goes "
+            f"on with train.max_microbatch_tokens={step.result.microbatch_tokens}"
+        )
 
 
 def evaluate_held_out(run: Run, step: int) -> Evaluation | None:
@@ -158,6 +163,8 @@ def _record(step: Step, engine: Mapping[str, float], peak_memory_bytes: int) -> 
         "rollout_entropy": -sum(sum(s.logprobs) for s in samples) / tokens,
         "completion_length": tokens / len(samples),
         "truncated_share": sum(s.finish_reason == "length" for s in samples) / len(samples),
+        "saved_token_share": result.saved_token_share,
+        "microbatch_tokens": result.microbatch_tokens,
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         "learning_rate": step.learning_rate,

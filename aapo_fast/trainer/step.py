@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from aapo_fast.config import TrainConfig
-from aapo_fast.data.packing import Weighted, microbatches, shares
+from aapo_fast.data.packing import Weighted
 from aapo_fast.ops.linear_policy.sharded import whole
+from aapo_fast.trainer.gradient import accumulate
 from aapo_fast.trainer.mismatch import Mismatch
 from aapo_fast.trainer.policy import Policy
-from aapo_fast.trainer.ranks import Ranks
 from aapo_fast.types import UserError
 
 
@@ -27,6 +26,10 @@ class StepResult:
         entropy: mean over trained tokens, in nats; NaN if none was trained.
         grad_norm: before clipping.
         trained_tokens: completion tokens with a loss: those with an advantage; all, under an entropy bonus or z-loss.
+        saved_token_share: tokens that shared prompts spared the forward passes, less padding, as a share of one row a
+            completion.
+        microbatch_tokens: limit of a microbatch, as it was in the end ...
+        ran_out_of_memory: ... and whether it had to be lowered for the memory of the GPU.
         updated: False if the weights stayed as they were: no token had a weight, or the gradient was not finite.
         finite: False if loss or gradient was NaN or infinite.
         mismatch: of the rollout engine's log-probabilities and the trainer's, over the trained tokens.
@@ -36,6 +39,9 @@ class StepResult:
     entropy: float
     grad_norm: float
     trained_tokens: int
+    saved_token_share: float
+    microbatch_tokens: int
+    ran_out_of_memory: bool
     updated: bool
     finite: bool
     mismatch: Mismatch
@@ -87,24 +93,29 @@ def optimizer_step(
     """
     num_tokens = sum(len(w.sample.token_ids) for w in samples)
     live = [w for w in samples if w.advantage != 0.0 or policy.how.regularizes]
-    loss, entropy, trained = 0.0, 0.0, 0
-    logps: list[Tensor] = []
-    rollout_logps: list[Tensor] = []
-    for index, part in _microbatches(policy.ranks, live, config.max_microbatch_tokens):
-        batch = policy.batch(part)
-        out = policy.loss(batch, num_tokens, seed + index)
-        out.loss.backward()
-        loss += out.loss.item()
-        entropy += out.entropy.sum().item()
-        trained += out.entropy.numel()
-        logps.append(out.logps)
-        rollout_logps.append(batch.rollout_logps)
-    loss, entropy, total = policy.ranks.total(loss, entropy, trained)
-    trained = int(total)
+    wanted = min(config.max_microbatch_tokens, policy.max_microbatch_tokens)
+    sums, fitted = accumulate(policy, live, num_tokens, seed, wanted)
+    policy.max_microbatch_tokens = fitted
+    loss, entropy, *counts = policy.ranks.total(
+        sums.loss, sums.entropy, sums.trained_tokens, sums.computed_tokens, sums.separate_tokens
+    )
+    trained, computed, separate = (int(count) for count in counts)
     pieces = policy.ranks.pieces
-    mismatch = Mismatch.of(pieces(logps), pieces(rollout_logps), policy.how.max_importance_weight)
+    mismatch = Mismatch.of(pieces(sums.logps), pieces(sums.rollout_logps), policy.how.max_importance_weight)
+    nothing = StepResult(
+        loss=0.0,
+        entropy=math.nan,
+        grad_norm=0.0,
+        trained_tokens=0,
+        saved_token_share=0.0,
+        microbatch_tokens=fitted,
+        ran_out_of_memory=fitted < wanted,
+        updated=False,
+        finite=True,
+        mismatch=mismatch,
+    )
     if not trained:
-        return StepResult(0.0, math.nan, 0.0, 0, updated=False, finite=True, mismatch=mismatch)
+        return nothing
     try:
         mismatch.check(max_logprob_gap)
     except UserError:
@@ -119,14 +130,13 @@ def optimizer_step(
         optimizer.step()
         policy.collect()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, entropy / trained, norm, trained, updated=finite, finite=finite, mismatch=mismatch)
-
-
-def _microbatches(ranks: Ranks, live: Sequence[Weighted], max_tokens: int) -> Iterator[tuple[int, list[Weighted]]]:
-    """This rank's microbatches, numbered apart from those of all others; as many on every rank, since each is a
-    collective pass: a rank whose own are used up has empty ones.
-    """
-    cuts = [list(microbatches(share, max_tokens)) for share in shares(live, ranks.world)]
-    mine = cuts[ranks.rank]
-    for number in range(max(map(len, cuts))):
-        yield number * ranks.world + ranks.rank, mine[number] if number < len(mine) else []
+    return replace(
+        nothing,
+        loss=loss,
+        entropy=entropy / trained,
+        grad_norm=norm,
+        trained_tokens=trained,
+        saved_token_share=1 - computed / separate,
+        updated=finite,
+        finite=finite,
+    )

@@ -11,10 +11,13 @@ if not torch.cuda.is_available():
 
 from policy_support import make_samples, relative
 
+from aapo_fast.config import TrainConfig
+from aapo_fast.data.packing import Weighted
 from aapo_fast.models import attention, flash
 from aapo_fast.models.liger import use_liger
 from aapo_fast.models.recompute import recompute_layers
 from aapo_fast.trainer.policy import Policy
+from aapo_fast.trainer.step import make_optimizer, optimizer_step
 from aapo_fast.types import UserError
 
 pytestmark = pytest.mark.gpu
@@ -70,3 +73,22 @@ def test_recomputed_layers_give_the_same_gradient_from_less_memory(kind):
 
     plain, recomputed = measured("none"), measured(kind)
     assert relative(recomputed[0], plain[0]) < 1e-3 and recomputed[1] <= plain[1]
+
+
+def test_a_step_that_fills_the_gpu_is_done_in_smaller_microbatches():
+    model = support.tiny().to(GPU)
+    model.set_attn_implementation(attention.NAME)
+    policy = Policy(model, support.tokenizer(), 1.0)
+    config = TrainConfig(max_microbatch_tokens=2**20)
+    samples = [Weighted(support.sample([2 + i] * 64, [3] * 192), 1.0 - 0.1 * i) for i in range(32)]
+    optimizer = make_optimizer(policy, config)
+    whole = optimizer_step(policy, optimizer, samples, config, 0.0)
+    needed = torch.cuda.max_memory_allocated()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.6 * needed / torch.cuda.get_device_properties(GPU).total_memory)
+    try:
+        cut = optimizer_step(policy, optimizer, samples, config, 0.0)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert cut.ran_out_of_memory and cut.microbatch_tokens < 2**20
+    assert cut.loss == pytest.approx(whole.loss, rel=1e-4) and cut.grad_norm == pytest.approx(whole.grad_norm, rel=1e-3)

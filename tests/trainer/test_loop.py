@@ -92,7 +92,7 @@ def test_what_a_run_leaves_behind(tmp_path, tiny_model):
         for key in (
             "reward", "reference_reward", "zero_weight_token_share", "zero_advantage_group_share", "advantage_mean",
             "advantage_std", "rollout_entropy", "completion_length", "truncated_share", "grad_norm", "learning_rate",
-            "tokens_per_second", "peak_memory_bytes",
+            "tokens_per_second", "peak_memory_bytes", "saved_token_share", "microbatch_tokens",
         ):  # fmt: skip
             assert isinstance(record[key], (int, float)) and math.isfinite(record[key]), key
     assert [e["step"] for e in read_lines(folder / "evaluations.jsonl")] == [0, 2, 3]

@@ -61,6 +61,55 @@ def test_every_microbatch_cut_gives_the_gradient_and_the_loss_of_one_batch(budge
     assert many.trained_tokens == one.trained_tokens
 
 
+def full_memory(policy, monkeypatch, tokens):
+    """As if the memory held microbatches of ``tokens``, and ran out in the backward pass of larger ones, which has
+    changed the gradient by then.
+    """
+    real = policy.loss
+
+    def loss(batch, *arguments):
+        out = real(batch, *arguments)
+        if batch.input_ids.numel() > tokens:
+            out.loss.backward()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+        return out
+
+    monkeypatch.setattr(policy, "loss", loss)
+
+
+def test_a_step_that_runs_out_of_memory_is_done_in_smaller_microbatches(monkeypatch):
+    truth, one = gradient_of(make_samples(), max_microbatch_tokens=100)
+    policy = make_policy()
+    full_memory(policy, monkeypatch, 30)
+    optimizer, taken = make_optimizer(policy, CONFIG), []
+    optimizer.step = lambda: taken.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
+    config = dataclasses.replace(CONFIG, max_microbatch_tokens=100)
+    result = optimizer_step(policy, optimizer, make_samples(), config, 1e-3)
+    assert relative(taken[0], truth) < ROUNDING and result.loss == pytest.approx(one.loss, rel=1e-6)
+    assert (one.microbatch_tokens, one.ran_out_of_memory) == (100, False)
+    assert (result.microbatch_tokens, result.ran_out_of_memory) == (25, True)
+    again = optimizer_step(policy, optimizer, make_samples(), config, 1e-3)  # which knows by now
+    assert (again.microbatch_tokens, again.ran_out_of_memory) == (25, False)
+
+
+def test_one_completion_that_does_not_fit_is_an_error_with_the_remedy(monkeypatch):
+    policy = make_policy()
+    full_memory(policy, monkeypatch, 5)
+    optimizer = make_optimizer(policy, CONFIG)
+    before = [p.detach().clone() for p in policy.model.parameters()]
+    with pytest.raises(UserError, match=r"out of memory, with one completion at a time \(the longest has 13 tokens"):
+        optimizer_step(policy, optimizer, make_samples(), CONFIG, 1e-3)
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, policy.model.parameters(), strict=True))
+
+
+def test_shared_prompts_are_in_the_figures():
+    samples = [Weighted(support.sample([1, 2, 3, 4], [5, 6]), 1.0) for _ in range(4)]
+    _, shared = gradient_of(samples)
+    assert shared.saved_token_share == pytest.approx(1 - (4 + 4) / (4 * 5))
+    apart = [Weighted(support.sample([1, 2, 3, 4 + i], [5, 6]), 1.0) for i in range(4)]
+    assert gradient_of(apart)[1].saved_token_share == 0.0
+
+
 def test_order_of_the_samples_does_not_matter():
     whole, _ = gradient_of(make_samples())
     shuffled, _ = gradient_of(random.Random(1).sample(make_samples(), 18))
