@@ -30,7 +30,7 @@ def make_tree(tmp_path, tiny_model, **changes):
     changes = {
         "train__steps": 6, "rollout__max_tokens": 4, "train__learning_rate": 3e-3, "train__schedule": "linear",
         "rewards": [{"function": "reward_functions:late_letters"}], "scoring__max_failure_share": 0.9,
-        "checkpoint__every": 2,
+        "checkpoint__every": 2, "checkpoint__background": False,
     } | changes  # fmt: skip
     return support.tiny_run(tmp_path, tiny_model, **changes)
 

@@ -214,6 +214,7 @@ class CheckpointConfig:
 
     every: int = option(50, "steps between checkpoints; 0: only when the run is interrupted (Ctrl-C, SIGTERM)")
     keep: int = option(2, "checkpoints kept, each of three times the model's size")
+    background: bool = option(True, "write while training goes on, from a copy in the host's memory; false: wait")
 
 
 @dataclass(frozen=True)

@@ -102,9 +102,10 @@ def _steps(run: Run, totals: Totals, rollouts: Rollouts, stop: threading.Event) 
 def _save_checkpoint(
     run: Run, totals: Totals, rollouts: Rollouts, before: Evaluation | None, stop: threading.Event
 ) -> None:
-    every = run.config.checkpoint.every
+    every, last = run.config.checkpoint.every, stop.is_set()
     due = every > 0 and totals.steps % every == 0
-    if (due or stop.is_set()) and save(run, totals, rollouts, before) and stop.is_set():
+    wait = last or not run.config.checkpoint.background
+    if (due or last) and save(run, totals, rollouts, before, wait) and last:
         run.display.note(f"a checkpoint of step {totals.steps} is saved: --resume goes on from it")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -108,6 +109,32 @@ class RunFolder:
             scratch.write_bytes(kept[: kept.rfind(b"\n") + 1])
             os.replace(scratch, path)
         return [name for name, size in sizes.items() if (self.path / name).stat().st_size < size]
+
+
+@contextmanager
+def only_process(path: Path) -> Iterator[None]:
+    """Keep other processes from training in this folder meanwhile. The lock ends with the process, however it ends.
+
+    Raises:
+        UserError: another one is; the folder cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"run.folder={str(path)!r} cannot be written: {error.strerror or error}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"run.folder={str(path)!r}: another process is training there; wait for it, or name another folder"
+            ) from None
+        except OSError:  # a disk of another machine that knows no locks
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def holds_a_run(path: Path) -> bool:

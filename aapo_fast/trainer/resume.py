@@ -25,6 +25,7 @@ UNSAID = frozenset({"run.folder", "run.overwrite", "run.resume"})
 MAY_CHANGE = UNSAID | frozenset({
     # how it is shown, and kept
     "run.tensorboard", "run.samples_kept", "eval.every", "checkpoint.every", "checkpoint.keep",
+    "checkpoint.background",
     # guards, which decide only whether it goes on
     "train.max_nonfinite_steps", "scoring.max_failure_share", "scoring.time_limit_seconds", "vllm.max_logprob_gap",
     # where it is computed, and in what portions: other roundings, the same run

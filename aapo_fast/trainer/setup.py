@@ -15,12 +15,13 @@ from aapo_fast.data.tasks import Problems, load_problems, order
 from aapo_fast.models.load import cache_folder, model_source
 from aapo_fast.rewards.scorer import Scorer
 from aapo_fast.rollout.reference import ReferenceCache
+from aapo_fast.trainer.background import Background
 from aapo_fast.trainer.checkpoint import Checkpoint
 from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.engine import engine_version, make_engine
 from aapo_fast.trainer.policy import Policy
 from aapo_fast.trainer.ranks import ONE, Ranks
-from aapo_fast.trainer.records import CONFIG, RunFolder
+from aapo_fast.trainer.records import CONFIG, RunFolder, only_process
 from aapo_fast.trainer.resume import check_identity, check_same_on_all, find_checkpoint, identify
 from aapo_fast.trainer.shared import SharedCache, share_cache, share_engine, share_folder, share_policy, share_scorer
 from aapo_fast.trainer.step import make_optimizer
@@ -36,6 +37,7 @@ class Run:
         schedule: the problems of each step.
         identity: digests of what the config only names (``trainer.resume``).
         resumed: the checkpoint that it goes on from, or None.
+        background: writes checkpoints beside the training.
     """
 
     config: Config
@@ -52,6 +54,7 @@ class Run:
     cache: ReferenceCache | SharedCache | None
     identity: dict[str, str]
     resumed: Checkpoint | None
+    background: Background
 
 
 @contextmanager
@@ -63,6 +66,9 @@ def prepare(config: Config, display: Display, ranks: Ranks = ONE) -> Iterator[Ru
     """
     torch.manual_seed(config.run.seed)
     with ExitStack() as stack:
+        ranks.on_first(lambda: stack.enter_context(only_process(Path(config.run.folder))))
+        background = Background()
+        stack.callback(background.finish)
         resumed = ranks.on_first(lambda: find_checkpoint(config, display.note))
         folder = share_folder(ranks, Path(config.run.folder), lambda: open_folder(config, resumed))
         folder.write(CONFIG, to_dict(config))
@@ -110,6 +116,7 @@ def prepare(config: Config, display: Display, ranks: Ranks = ONE) -> Iterator[Ru
             cache=cache,
             identity=identity,
             resumed=resumed,
+            background=background,
         )
 
 

@@ -30,36 +30,59 @@ from aapo_fast.trainer.setup import Run
 from aapo_fast.types import Group, Sample
 
 
-def save(run: Run, totals: Totals, rollouts: Rollouts, before: Evaluation | None) -> bool:
+def save(run: Run, totals: Totals, rollouts: Rollouts, before: Evaluation | None, wait: bool = True) -> bool:
     """Write a checkpoint of what the last step has left, and forget the oldest. A disk that is full does not end the
-    run: it says so, and the last good one stays. Whether it was written. Of several ranks the first writes what all
-    have, the moments gathered; so it can be taken up by any number of them.
+    run: it says so, and the last good one stays. Of several ranks the first writes what all have, the moments gathered;
+    so it can be taken up by any number of them.
+
+    Args:
+        wait: until it is on the disk; else it is written from a copy in the host's memory while training goes on, and
+            the next one, or the end of the run, waits for it.
+
+    Returns:
+        Whether it was written; True where that is not known yet.
     """
     moments = _moments(run)
-    return run.ranks.on_first(lambda: _write(run, totals, rollouts, before, moments))
+
+    def begin() -> bool:
+        run.background.finish()
+        step, weights, state = totals.steps, _weights(run), _state(run, totals, rollouts, before)
+        if wait:
+            return _write(run, step, weights, moments, state)
+        copies = _copies(weights), _copies(moments)
+        run.background.start(lambda: _write(run, step, *copies, state))
+        return True
+
+    return run.ranks.on_first(begin)
 
 
-def _write(run: Run, totals: Totals, rollouts: Rollouts, before: Evaluation | None, moments: dict[str, Tensor]) -> bool:
-    parent = run.folder.path / CHECKPOINTS
+def _state(run: Run, totals: Totals, rollouts: Rollouts, before: Evaluation | None) -> dict[str, Any]:
+    """What is no tensor; nothing in it changes when training goes on."""
     drawn = rollouts.drawn()
+    return {
+        "config": to_dict(run.config),
+        "identity": run.identity,
+        "totals": {**asdict(totals), "earlier_seconds": totals.wall_seconds},
+        "random": _random_states(),
+        "rollouts": None if drawn is None else [[asdict(s) for s in group.samples] for group in drawn],
+        "reference": {} if run.cache is None else dict(run.cache.this_run_only),
+        "before": None if before is None else asdict(before),
+        "records": run.folder.sizes(),
+    }
+
+
+def _write(run: Run, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], state: dict[str, Any]) -> bool:
+    parent = run.folder.path / CHECKPOINTS
     try:
-        state = {
-            "config": to_dict(run.config),
-            "identity": run.identity,
-            "totals": {**asdict(totals), "earlier_seconds": totals.wall_seconds},
-            "random": _random_states(),
-            "rollouts": None if drawn is None else [[asdict(s) for s in group.samples] for group in drawn],
-            "reference": {} if run.cache is None else run.cache.this_run_only,
-            "before": None if before is None else asdict(before),
-            "records": run.folder.sizes(),
-        }
-        checkpoint.write(parent, totals.steps, _weights(run), moments, state)
+        checkpoint.write(parent, step, weights, moments, state)
     except OSError as error:
-        last = next((f"the last is of step {step}" for step, _ in checkpoint.steps_written(parent)), "there is none")
-        run.display.note(f"no checkpoint of step {totals.steps}: {error.strerror or error}; {last}")
+        last = next(
+            (f"the last is of step {number}" for number, _ in checkpoint.steps_written(parent)), "there is none"
+        )
+        run.display.note(f"no checkpoint of step {step}: {error.strerror or error}; {last}")
         return False
     with suppress(OSError):  # more are kept than were asked for
-        checkpoint.prune(parent, totals.steps, run.config.checkpoint.keep)
+        checkpoint.prune(parent, step, run.config.checkpoint.keep)
     return True
 
 
@@ -122,6 +145,10 @@ def _moments(run: Run) -> dict[str, Tensor]:
             if run.ranks.first:
                 moments[f"optimizer.{names[index]}.{key}"] = gathered if gathered is tensor else gathered.cpu()
     return moments
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _load_tensors(run: Run, found: Checkpoint) -> None:

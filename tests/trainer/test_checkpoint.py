@@ -1,10 +1,12 @@
 """Checkpoints: going on from them, and what is refused and taken instead when they are damaged or cannot be written."""
 
+import errno
 import json
 import math
 import random
 import resource
 import shutil
+import threading
 
 import pytest
 import support
@@ -17,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from aapo_fast import config
 from aapo_fast.rollout.hf import HFEngine
 from aapo_fast.trainer import checkpoint, loop
-from aapo_fast.trainer.records import read_lines
+from aapo_fast.trainer.records import only_process, read_lines
 from aapo_fast.types import UserError
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
@@ -299,3 +301,47 @@ def test_a_crash_while_writing_leaves_the_one_before(tmp_path, tiny_model, monke
     _, said = run(tree, run={"resume": True})
     assert f"resuming after step {4 if call >= 6 else 2} of 6" in said and "not resumed" not in said
     assert weights(tmp_path) == weights_alone
+
+
+# --- writing beside the training ------------------------------------------------------------------------------------
+
+
+def test_what_is_written_in_the_background_is_of_its_step(tmp_path, tiny_model, monkeypatch):
+    """Each writing begins when the step after it has moved the weights; it is the last step's, byte for byte."""
+    tree, real = make_tree(tmp_path, tiny_model, checkpoint__keep=3), checkpoint.write
+    run(tree)
+    waited = {p.name: (p / "model.safetensors").read_bytes() for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    moments = (folder_of(tmp_path, 4) / "optimizer.safetensors").read_bytes()
+    done = {number: threading.Event() for number in range(1, 7)}
+
+    def write_late(parent, step, *rest):
+        assert step == 6 or done[step + 1].wait(60)
+        return real(parent, step, *rest)
+
+    class Steps(Notes):
+        def step(self, record, steps):
+            done[record["step"]].set()
+
+    monkeypatch.setattr(checkpoint, "write", write_late)
+    tree["run"]["overwrite"], tree["checkpoint"]["background"] = True, True
+    loop.train(config.parse(tree), Steps())
+    again = {p.name: (p / "model.safetensors").read_bytes() for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert again == waited and (folder_of(tmp_path, 4) / "optimizer.safetensors").read_bytes() == moments
+
+
+def test_a_full_disk_in_the_background_is_said_and_does_not_end_the_run(tmp_path, tiny_model, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    summary, said = run(make_tree(tmp_path, tiny_model, checkpoint__background=True))
+    assert summary["status"] == "finished"
+    assert [f"no checkpoint of step {n}: No space left on device" in said for n in (2, 4, 6)] == [True] * 3
+
+
+def test_a_second_process_in_the_folder_is_refused(tmp_path, tiny_model):
+    """It would clear away what the first is writing."""
+    tree = make_tree(tmp_path, tiny_model)
+    with only_process(tmp_path / "run"), pytest.raises(UserError, match="another process is training there; wait"):
+        run(tree, run={"resume": True})
+    assert run(tree)[0]["status"] == "finished"

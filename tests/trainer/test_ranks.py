@@ -12,7 +12,7 @@ from ranks_support import Raised, on_ranks, results
 from torch import distributed as dist
 
 from aapo_fast.data.packing import Weighted, shares
-from aapo_fast.trainer import step
+from aapo_fast.trainer import gradient
 from aapo_fast.trainer.ranks import Ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
@@ -79,13 +79,13 @@ def test_groups_are_dealt_out_whole_and_evenly():
 
 def test_every_rank_has_as_many_microbatches_and_no_seed_twice():
     samples = make_samples(live=[0, 1, 2])
-    cuts = [list(step._microbatches(Ranks(rank, 4), samples[:12], 20)) for rank in range(4)]
+    cuts = [list(gradient._microbatches(Ranks(rank, 4), samples[:12], 20)) for rank in range(4)]
     assert len({len(cut) for cut in cuts}) == 1
     seeds = [index for cut in cuts for index, part in cut]
     assert len(set(seeds)) == len(seeds)
     assert cuts[3] == [(index, []) for index, _ in cuts[3]]
-    assert [index for index, _ in step._microbatches(Ranks(0, 1), samples, 20)] == list(range(6))
-    assert list(step._microbatches(Ranks(0, 3), [], 20)) == []
+    assert [index for index, _ in gradient._microbatches(Ranks(0, 1), samples, 20)] == list(range(6))
+    assert list(gradient._microbatches(Ranks(0, 3), [], 20)) == []
 
 
 POLICIES = [
