@@ -2,6 +2,7 @@
 
 import support
 import torch
+import transformers
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
@@ -51,6 +52,13 @@ def make_trainer(folder, model, kind=GRPOTrainer, config=GRPOConfig, reward_func
         processing_class=left_padding_tokenizer(),
         **(more or {}),
     )
+
+
+def wide_model():
+    """A tiny model with 2048 tokens, most of which its tokenizer does not know and decodes to nothing."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**(support.SIZES | {"vocab_size": 2048, "initializer_range": 0.2}))
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def microbatch(trainer):

@@ -7,7 +7,7 @@ import peft
 import pytest
 import support
 import torch
-from trl_support import PROMPTS, gradient, make_trainer, microbatch, relative, rewards
+from trl_support import PROMPTS, gradient, make_trainer, microbatch, relative, rewards, wide_model
 
 from aapo_fast.integrations.trl import AAPOConfig, AAPOTrainer, fuse
 from aapo_fast.types import UserError
@@ -175,7 +175,7 @@ def test_reference_completions_come_from_the_frozen_weights(mode, tmp_path):
 
 def test_the_reference_of_an_adapter_is_the_model_without_it(tmp_path):
     watched = Watched()
-    trainer = make(tmp_path, reward_funcs=watched, reference_mode="online", temperature=0.01, **LORA)
+    trainer = make(tmp_path, reward_funcs=watched, reference_mode="online", temperature=1e-4, **LORA)
     assert trainer._reference is None
     plain = support.tiny()
     ids = support.tokenizer()(PROMPTS[0], return_tensors="pt").input_ids
@@ -249,27 +249,35 @@ def test_evaluation_and_saving(tmp_path):
     found = trainer.evaluate(trainer.train_dataset.select(range(4)))
     assert len(watched.calls) == calls + 2  # two batches, and nothing of the reference
     assert math.isfinite(found["eval_loss"]) and found["eval_entropy"] > 0
-    log = [log for log in trainer.state.log_history if "loss" in log][0]
+    log = next(log for log in trainer.state.log_history if "loss" in log)
     assert log.keys() >= {"reward", "reference_reward", "frac_advantage_zero", "entropy", "completions/mean_length"}
     trainer.save_model(str(tmp_path / "final"))
     again = type(trainer.model).from_pretrained(tmp_path / "final")
     assert torch.equal(again.lm_head.weight, trainer.model.lm_head.weight)
 
 
-@pytest.mark.parametrize("backward", ["exact", "sparse"])
-def test_it_learns(backward, tmp_path):
-    """To begin with an "x", from about one completion in thirty."""
+def test_sparse_rows_reach_the_loss(tmp_path):
+    """With a vocabulary wide enough for rows to be sparse."""
+    found = []
+    for backward in ("exact", "sparse"):
+        trainer = make(tmp_path, wide_model(), head_backward=backward, head_sparsity_threshold=2**-3)
+        found.append(gradient(trainer, microbatch(trainer))[1])
+    assert 1e-3 < relative(found[1], found[0]) < 1
 
-    def starts_with_x(completions, **_):
-        return [float(text.startswith("x")) for text in completions]
+
+def test_it_learns(tmp_path):
+    """To begin with a digit, from about one completion in five."""
+
+    def starts_with_digit(completions, **_):
+        return [float(text[:1].isdigit()) for text in completions]
 
     trainer = make(
-        tmp_path, reward_funcs=starts_with_x, max_steps=40, num_generations=8, per_device_train_batch_size=32,
-        max_completion_length=2, learning_rate=3e-3, head_backward=backward,
+        tmp_path, reward_funcs=starts_with_digit, max_steps=30, num_generations=8, per_device_train_batch_size=32,
+        max_completion_length=2, learning_rate=3e-3, lr_scheduler_type="constant",
     )  # fmt: skip
     trainer.train()
     found = [log["reward"] for log in trainer.state.log_history if "reward" in log]
-    assert sum(found[:3]) / 3 < 0.3 and sum(found[-5:]) / 5 > 0.8
+    assert sum(found[:3]) / 3 < 0.5 and sum(found[-5:]) / 5 > 0.85
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class AAPOConfig(GRPOConfig):
             the mean of the prompt's.
         max_importance_weight: bound of min(pi / pi_old, bound), by which tokens are weighted where TRL samples with
             weights older than those that are trained (num_iterations > 1, several steps per generation). 0: off.
-        head_backward: "exact" or "sparse", as in ``linear_policy_loss``.
+        head_backward, head_sparsity_threshold: ``backward`` and ``sparsity_threshold`` of ``linear_policy_loss``.
     """
 
     delta_low: float = -0.2
@@ -53,6 +53,7 @@ class AAPOConfig(GRPOConfig):
     reference_pairing: str = "paired"
     max_importance_weight: float = 2.0
     head_backward: str = "exact"
+    head_sparsity_threshold: float = 2**-13
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,7 +122,7 @@ class AAPOTrainer(GRPOTrainer):
         refuse("AAPOTrainer", _without_reference(self.model))
         self._reference = None if has_adapter(self.model) else _frozen_copy(self.model)
         self._kept_rewards: dict[str, list[float]] = {}
-        fuse_heads(self, {"backward": args.head_backward})
+        fuse_heads(self, {"backward": args.head_backward, "sparsity_threshold": args.head_sparsity_threshold})
 
     # --- advantages ---
 
