@@ -93,6 +93,18 @@ def test_an_adapter(beta, tmp_path):
     check(trainer, off_policy(inputs, 0.1))
 
 
+def test_bfloat16_is_no_further_from_the_truth_than_trl(tmp_path, tiny_model):
+    trainer = make_trainer(tmp_path, str(tiny_model), num_iterations=2)
+    inputs = off_policy(microbatch(trainer))
+    _, truth, _ = gradient(trainer, inputs)
+    rounded = make_trainer(tmp_path, str(tiny_model), num_iterations=2, bf16=True)
+    microbatch(rounded)
+    _, theirs, _ = gradient(rounded, inputs)
+    fuse(rounded)
+    _, ours, _ = gradient(rounded, inputs)
+    assert 1e-4 < relative(ours, truth) < 1.1 * relative(theirs, truth)
+
+
 @pytest.mark.parametrize("shape", ["token", "sequence"])
 def test_importance_weights_of_a_rollout_engine(shape, tmp_path, tiny_model):
     """As TRL hands them to its loss under vLLM, which is not started here."""
