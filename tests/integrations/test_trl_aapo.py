@@ -306,7 +306,7 @@ def test_settings_that_would_mean_nothing_are_refused(changes, message, tmp_path
 def test_other_refusals(tmp_path):
     with pytest.raises(UserError, match="args is a NoneType; give an AAPOConfig"):
         AAPOTrainer(support.tiny(), rewards)
-    with pytest.raises(UserError, match="rollout_func would be called with the policy"):
+    with pytest.raises(UserError, match="rollout_func would be called with the policy for the reference"):
         make(tmp_path, more={"rollout_func": lambda prompts, trainer: {}})
     with pytest.raises(UserError, match="for a GRPOTrainer, not for a AAPOTrainer"):
         fuse(make(tmp_path))

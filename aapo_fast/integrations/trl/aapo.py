@@ -114,13 +114,12 @@ class AAPOTrainer(GRPOTrainer):
     def __init__(self, model: Any, reward_funcs: Any = None, args: AAPOConfig | None = None, *rest: Any, **more: Any):
         if not isinstance(args, AAPOConfig):
             raise UserError(f"AAPOTrainer: args is a {type(args).__name__}; give an AAPOConfig")
-        for name in ("rollout_func", "environment_factory", "tools"):
-            if more.get(name):
-                raise UserError(f"AAPOTrainer: {name} would be called with the policy for the reference; leave it out")
         super().__init__(model, reward_funcs, args, *rest, **more)
         refuse("AAPOTrainer", unsupported(self))
-        refuse("AAPOTrainer", _without_reference(self.model))
-        self._reference = None if has_adapter(self.model) else _frozen_copy(self.model)
+        refuse("AAPOTrainer", _without_reference(self))
+        self._reference: Any = None
+        if not has_adapter(self.model):
+            self._reference = self.accelerator.prepare_model(_frozen_copy(self.model), evaluation_mode=True)
         self._kept_rewards: dict[str, list[float]] = {}
         fuse_heads(self, {"backward": args.head_backward, "sparsity_threshold": args.head_sparsity_threshold})
 
@@ -189,7 +188,7 @@ class AAPOTrainer(GRPOTrainer):
             with without_adapter(self.accelerator.unwrap_model(self.model)):
                 yield
             return
-        policy, self.model_wrapped = self.model_wrapped, self._reference.to(self.accelerator.device)
+        policy, self.model_wrapped = self.model_wrapped, self._reference
         try:
             yield
         finally:
@@ -267,7 +266,11 @@ def _frozen_copy(model: Any) -> Any:
     return found
 
 
-def _without_reference(model: Any) -> Iterator[str]:
+def _without_reference(trainer: AAPOTrainer) -> Iterator[str]:
+    for name in ("rollout_func", "tools", "environment_factories"):
+        if getattr(trainer, name):
+            yield f"{name} would be called with the policy for the reference too; leave it out"
+    model = trainer.model
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         yield "a model on several devices (device_map) cannot be copied as the reference; load it on one"
     if has_adapter(model) and not _computes_what_its_base_does(model):
