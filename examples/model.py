@@ -27,7 +27,7 @@ class Decoder(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Decoder and head. ``forward`` gives logits of the last position, for sampling; training asks for hidden states."""
+    """Decoder and head. ``forward`` gives logits of the last position, to sample from; the loss takes hidden states."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
 """``AAPOTrainer``: its advantages and loss against a written-out computation, its reference, its resumption."""
 
+import copy
 import json
 import math
 
@@ -65,6 +66,32 @@ def test_advantages_are_those_of_the_paper(mode, pairing, tmp_path):
 
 def inputs_tokens(output):
     return output["prompt_mask"].sum() + output["completion_mask"].sum()
+
+
+def test_conversations_are_drawn_whole_and_left_as_they_are(tmp_path):
+    """The reference sees the prompt that the policy sees, and answers in the same form."""
+    asked = []
+
+    def keep(prompts, completions, **_):
+        asked.append((copy.deepcopy(prompts), completions))
+        return rewards([completion[0]["content"] for completion in completions])
+
+    trainer = make(tmp_path, reward_funcs=keep)
+    trainer.processing_class.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    seen = []
+    own = trainer._generate_single_turn
+    trainer._generate_single_turn = lambda ids, *rest, **more: (seen.append(ids), own(ids, *rest, **more))[1]
+    trainer.model.train()
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in ("1 + 2", "ab") for _ in range(4)]
+    before = copy.deepcopy(rows)
+    trainer._generate_and_score_completions(rows)
+    (reference_prompts, reference), (prompts, _) = asked
+    assert seen[0] == seen[1] and rows == before
+    assert reference_prompts == prompts == [row["prompt"] for row in rows]
+    assert all(completion[0]["role"] == "assistant" for completion in reference)
 
 
 def test_a_missing_reward_has_no_advantage_and_a_missing_reference_no_momentum(tmp_path):

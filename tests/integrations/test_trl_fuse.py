@@ -62,6 +62,25 @@ def test_losses_gradients_and_metrics_are_those_of_trl(case, iterations, tmp_pat
     check(trainer, off_policy(inputs))
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_evaluation(loss_type, tmp_path, tiny_model):
+    """Neither accumulated nor split, so with denominators of its own."""
+    trainer = make_trainer(
+        tmp_path, str(tiny_model), loss_type=loss_type, gradient_accumulation_steps=3, per_device_eval_batch_size=8,
+        beta=0.3,
+    )  # fmt: skip
+    microbatch(trainer)
+    trainer.model.eval()
+    inputs = off_policy(trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))))
+    with torch.no_grad():
+        theirs, metrics = trainer.compute_loss(trainer.model, inputs), dict(trainer._metrics["eval"])
+        trainer._metrics["eval"].clear()
+        fuse(trainer)
+        ours = trainer.compute_loss(trainer.model, inputs)
+    assert theirs.abs() > 0.01 and ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert trainer._metrics["eval"]["kl"] == pytest.approx(metrics["kl"], rel=1e-5)
+
+
 def test_clipping_and_masking_really_happen(tmp_path, tiny_model):
     """The cases above would be hollow on ratios of one and complete completions."""
     trainer = make_trainer(tmp_path, str(tiny_model), num_iterations=2)
