@@ -8,7 +8,8 @@
 and scores the quickstart's held-out sums greedily before and after. Unlike the quickstart it cannot stop at a newline.
 
 ``pairs`` times loss and backward of one microbatch, 64 completions of at most 10 tokens: two trainers, one of them
-fused, with the same weights and the same microbatch, taking turns in alternating order. Generation is in neither.
+fused, with the same weights and the same microbatch, taking turns in alternating order. Generation is in neither. On a
+machine that others use, give it one thread (OMP_NUM_THREADS=1) and read the processor time.
 """
 
 from __future__ import annotations
@@ -109,23 +110,38 @@ def measure_pairs(rounds: int) -> dict:
         first = trainers["trl"]
         first.model.train()
         inputs = first._prepare_inputs(next(iter(first.get_train_dataloader())))
-    seconds = {name: [] for name in trainers}
+    seconds, processor = {name: [] for name in trainers}, {name: [] for name in trainers}
     for number in range(rounds + WARMUP):
         for name in list(trainers)[:: 1 if number % 2 else -1]:
             trainer = trainers[name]
             trainer.model.train().zero_grad()
             trainer.current_gradient_accumulation_steps = 1
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             trainer.compute_loss(trainer.model, dict(inputs)).backward()
-            seconds[name].append(time.perf_counter() - start)
-        print({name: round(found[-1], 2) for name, found in seconds.items()}, flush=True)
-    seconds = {name: found[WARMUP:] for name, found in seconds.items()}
-    ratios = [ours / theirs for ours, theirs in zip(seconds["fused"], seconds["trl"], strict=True)]
-    medians = {f"{name}_seconds": statistics.median(found) for name, found in seconds.items()}
+            seconds[name].append(time.perf_counter() - start[0])
+            processor[name].append(time.process_time() - start[1])
+        print({name: (round(seconds[name][-1], 2), round(processor[name][-1], 2)) for name in trainers}, flush=True)
     return {
         "tokens": int(inputs["completion_mask"].sum()),
-        "seconds": seconds,
-        "median": {**medians, "ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)]},
+        "threads": torch.get_num_threads(),
+        "wall": compared(seconds),
+        "processor": compared(processor),
+    }
+
+
+def compared(seconds: dict[str, list[float]]) -> dict:
+    """Medians, and the ratio pair by pair, without the rounds that warm up."""
+    theirs, ours = (seconds[name][WARMUP:] for name in ("trl", "fused"))
+    ratios = [o / t for o, t in zip(ours, theirs, strict=True)]
+    return {
+        "trl_seconds": theirs,
+        "fused_seconds": ours,
+        "median": {
+            "trl": statistics.median(theirs),
+            "fused": statistics.median(ours),
+            "ratio": statistics.median(ratios),
+        },
+        "ratio_range": [min(ratios), max(ratios)],
     }
 
 
