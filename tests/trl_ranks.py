@@ -51,12 +51,27 @@ def written_out(trainer, model):
     return total / tokens
 
 
+def advantages_are_those_of_their_completions(trainer):
+    """Each row of each rank has the advantage that was logged with its completion, and all are there."""
+    logged = list(zip(trainer._logs["completion"], [round(a, 4) for a in trainer._logs["advantages"]], strict=True))
+    decode = trainer.processing_class.decode
+    mine = [
+        (decode(ids[mask.bool()], skip_special_tokens=True), round(advantage.item(), 4))
+        for inputs in trainer._buffered_inputs
+        for ids, mask, advantage in zip(
+            inputs["completion_ids"], inputs["completion_mask"], inputs["advantages"], strict=True
+        )
+    ]
+    assert sorted(gather_object(mine)) == sorted(logged)
+
+
 def aapo_divides_by_all_tokens(folder, mode):
     trainer = make_trainer(
         folder, tiny(), AAPOTrainer, AAPOConfig, per_device_train_batch_size=4, gradient_accumulation_steps=2,
         max_steps=1, max_grad_norm=0.0, reference_mode=mode, max_completion_length=12,
     )  # fmt: skip
     trainer.train()
+    advantages_are_those_of_their_completions(trainer)
     model = tiny()
     loss = written_out(trainer, model)
     loss.backward()
