@@ -49,7 +49,9 @@ def fuse_loss(model: Any, *, implementation: str = "auto") -> None:
     name = type(base).__name__
     if getattr(base, "loss_function", None) is not ForCausalLMLoss:
         raise UserError(f"fuse_loss: the loss of {name} is not the plain causal cross entropy; leave it as it is")
-    if getattr(base.config.get_text_config(), "output_router_logits", False):
+    if base.config.get_text_config() is not base.config:
+        raise UserError(f"fuse_loss: {name} takes more than text, which its decoder alone would not see; leave it")
+    if getattr(base.config, "output_router_logits", False):
         raise UserError(f"fuse_loss: {name} adds a load-balancing loss; set config.output_router_logits=False")
     if hasattr(base, "_own_forward"):
         raise UserError(f"fuse_loss: this {name} is fused already; call it once")
@@ -63,9 +65,11 @@ def fuse_loss(model: Any, *, implementation: str = "auto") -> None:
         wants_loss = kwargs.get("labels") is not None
         if weights is not None and (not wants_loss or skip_logits is False):
             raise UserError(f"{WEIGHTS} needs labels, and leaves logits out; drop it, or skip_logits=False")
-        if not wants_loss or not (self.training or weights is not None if skip_logits is None else skip_logits):
-            return self._own_forward(*args, **kwargs)
-        return _forward_with_loss(self, args, kwargs, weights, implementation)
+        if skip_logits is None:
+            skip_logits = self.training or weights is not None
+        if wants_loss and skip_logits:
+            return _forward_with_loss(self, args, kwargs, weights, implementation)
+        return self._own_forward(*args, **kwargs)
 
     base.forward = types.MethodType(forward, base)
 
@@ -123,6 +127,8 @@ class FusedLossMixin:
             raise UserError("FusedLossMixin: compute_loss_func needs logits, which are not computed; leave it out")
         if settings.args.label_smoothing_factor:
             raise UserError("FusedLossMixin: label_smoothing_factor needs logits; set it to 0")
+        if settings.args.n_gpu > 1:
+            raise UserError("FusedLossMixin: nn.DataParallel is not supported; launch with torchrun, or show one GPU")
         fuse_loss(settings.accelerator.unwrap_model(settings.model))
 
     def _set_signature_columns_if_needed(self) -> None:

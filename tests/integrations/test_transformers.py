@@ -1,5 +1,6 @@
 """The fused cross entropy of Transformers' models and Trainer. Yardstick: their own."""
 
+import copy
 import math
 
 import peft
@@ -125,6 +126,16 @@ def test_the_head_is_not_called_in_training(monkeypatch):
     loss_and_gradient(model, **batch())
 
 
+def test_a_copy_of_a_fused_model_is_a_model_of_its_own():
+    model, inputs = support.tiny().train(), batch()
+    fuse_loss(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert other(**inputs).loss != model(**inputs).loss
+    assert not torch.equal(other.eval()(**inputs).logits, model.eval()(**inputs).logits)
+
+
 def test_no_labels_at_all():
     model, inputs = support.tiny().train(), batch()
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
@@ -154,6 +165,11 @@ def test_refusals():
     )
     with pytest.raises(UserError, match="adds a load-balancing loss; set config.output_router_logits=False"):
         fuse_loss(moe)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = transformers.LlamaConfig(**support.SIZES)
+    llava = transformers.LlavaConfig(vision_config=transformers.CLIPVisionConfig(**vision), text_config=text)
+    with pytest.raises(UserError, match="takes more than text"):
+        fuse_loss(transformers.LlavaForConditionalGeneration(llava))
 
 
 # --- Trainer ----------------------------------------------------------------------------------------------------------
