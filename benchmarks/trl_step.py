@@ -160,7 +160,8 @@ def main() -> None:
     print(json.dumps(found, indent=2))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        command = f"python benchmarks/trl_step.py {arguments.what}"
+        size = f"--steps {arguments.steps}" if arguments.what == "accuracy" else f"--rounds {arguments.rounds}"
+        command = f"python benchmarks/trl_step.py {arguments.what} {size}"
         record = {"machine": machine.describe("transformers", "trl"), "command": command, **found}
         arguments.output.write_text(json.dumps(record, indent=2) + "\n")
 
