@@ -28,11 +28,16 @@ RESPONSES = {"a": [(1.0, 3), (0.0, 1), (0.25, 2)], "b": [(0.0, 2), (1.0, 4)]}  #
 COLUMN = {"a": [0.1, 0.9], "b": [0.5]}
 
 
+SETTINGS = [
+    "algorithm.adv_estimator=aapo",
+    "algorithm.rollout_correction.bypass_mode=True",  # the engine's log-probabilities, without a forward pass
+    "data.filter_overlong_prompts=False",
+]
+
+
 def config_of(*overrides):
     with hydra.initialize_config_module("verl.trainer.config", version_base=None):
-        return hydra.compose(
-            "ppo_trainer", overrides=["algorithm.adv_estimator=aapo", "data.filter_overlong_prompts=False", *overrides]
-        )
+        return hydra.compose("ppo_trainer", overrides=[*SETTINGS, *overrides])
 
 
 def batch_of_prompts(folder, config, with_column):
@@ -102,6 +107,7 @@ def advantages(config, keys):
     batch = transfer_queue.KVBatchMeta(partition_id="train", keys=keys, tags=[tags[key] for key in keys])
     batch = upsample_batch_to_divisible_size(batch, 4, eos_token_id=0)
     assert len(batch) == 8
+    batch = trainer._compute_old_log_prob(batch, metrics={})
     trainer._compute_advantage(batch, metrics={})
     data = transfer_queue.kv_batch_get(batch.keys, "train", select_fields=["advantages", "rm_scores"])
     columns = (batch.keys, data["rm_scores"].unbind(), data["advantages"].unbind())
@@ -112,8 +118,6 @@ def advantages(config, keys):
             "advantages": advantage.tolist(),
         }
         for key, rewards, advantage in zip(*columns, strict=True)
-            batch.keys, data["rm_scores"].unbind(), data["advantages"].unbind(), strict=True
-        )
     ]
 
 
