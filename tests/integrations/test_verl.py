@@ -3,13 +3,14 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support import tiny
+from support import make_tokenizer, tiny
 
 import aapo_fast as af
 from aapo_fast.types import UserError
@@ -19,6 +20,7 @@ if importlib.util.find_spec("verl") is None:
 
 import hydra
 import numpy as np
+import pandas
 from tensordict import TensorDict
 from verl.models.transformers.monkey_patch import patch_forward_with_backends
 from verl.protocol import DataProto
@@ -26,6 +28,7 @@ from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.utils import tensordict_utils
 from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.dataset.rl_dataset import collate_fn
 from verl.workers.utils.losses import ppo_loss
 
 import aapo_fast.integrations.verl as integration
@@ -367,6 +370,51 @@ def test_the_other_backends_stay_verls(fused_head, monkeypatch):
     torch.testing.assert_close(logps, torch.full((5,), 1 / VOCABULARY).log())
     with pytest.raises(ValueError, match="Unsupported FusedLinearForPPO backend"):
         fused_head.LinearLogProbs(impl_backend="ours")
+
+
+def blocks_of_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "integrations" / "verl.md").read_text()
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
+
+def rows_of_data():
+    return {
+        "prompt": [[{"role": "user", "content": name}] for name in "ab"],
+        "data_source": ["test"] * 2,
+        "reward_model": [{"ground_truth": truth, "style": "rule"} for truth in ("x", "y")],
+        "extra_info": [{"index": i} for i in range(2)],
+    }
+
+
+def test_the_page_makes_the_column(tmp_path, monkeypatch):
+    (tmp_path / "generated").mkdir()
+    (tmp_path / "rewards.py").write_text("def compute_score(source, text, truth, extra): return float(text == truth)")
+    frame = pandas.DataFrame(rows_of_data() | {"responses": [["x", "y"], ["y", "y"]]})
+    frame.to_parquet(tmp_path / "generated" / "train.parquet")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    exec(blocks_of_the_page()[0], {})
+    out = pandas.read_parquet("train.parquet")
+    assert [list(r) for r in out["reference_rewards"]] == [[1.0, 0.0], [1.0, 1.0]] and "responses" not in out
+
+
+def test_the_page_brings_baselines_to_the_older_trainers(tmp_path):
+    """verl's data set, collation and repetition of prompts; the estimator gets the mean of each."""
+    space = {}
+    exec(blocks_of_the_page()[1], space)
+    path = tmp_path / "train.parquet"
+    pandas.DataFrame(rows_of_data() | {"reference_rewards": [[0.1, 0.9], [0.4]]}).to_parquet(path)
+    config = verl_config("data.filter_overlong_prompts=False")
+    data = space["WithBaselines"](str(path), make_tokenizer(), config.data)
+    prompts = DataProto.from_single_dict(collate_fn([data[0], data[1]]))
+    prompts.non_tensor_batch["uid"] = np.array(["a", "b"], dtype=object)
+    repeated = prompts.repeat(repeat_times=3, interleave=True)
+    rewards = [1.0, 0.0, 0.4, 0.3, 0.5, 0.5]
+    repeated.batch["token_level_rewards"] = torch.tensor(rewards)[:, None]
+    repeated.batch["response_mask"] = torch.ones(6, 1)
+    out = compute_advantage(repeated, adv_estimator="aapo", config=config.algorithm).batch["advantages"]
+    expected = plain_advantages(rewards, [0.5] * 3 + [0.4] * 3, list("aaabbb"))
+    torch.testing.assert_close(out[:, 0], torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
 def test_names_are_ours_in_verls_registries():
