@@ -166,7 +166,8 @@ def test_the_trainer_fetches_the_column(tmp_path):
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     script = Path(__file__).with_name("verl_trainer.py")
-    result = subprocess.run([sys.executable, script, tmp_path], env=environment, capture_output=True, text=True)
+    command = [sys.executable, script, tmp_path]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-4000:]
     out = json.loads(result.stdout.splitlines()[-1])
 

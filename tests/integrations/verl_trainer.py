@@ -129,7 +129,14 @@ def names_in_a_worker():
 
 
 def main(folder):
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
+    # Four "CPUs" are numbers of Ray's: TransferQueue's actors and the task below hold one each.
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 * 2**20,
+        _node_ip_address="127.0.0.1",
+    )
     storage = {"backend": {"SimpleStorage": {"num_data_storage_units": 1}}}
     transfer_queue.init(OmegaConf.create(storage))
     out = {"in a worker": ray.get(names_in_a_worker.remote())}
