@@ -1,13 +1,17 @@
 """What verl's trainer does between its data set and the advantages, without engines: run by test_verl.py.
 
 Real are the parquet file, verl's data set and collation, its agent loop's record of a finished response, TransferQueue
-on a local Ray, the padding of a batch and the trainer's ``_compute_advantage``. Only the responses are made up.
+on a local Ray (in a network namespace of its own), the padding of a batch and the trainer's ``_compute_advantage``.
+Only the responses are made up.
 
     python verl_trainer.py FOLDER     prints one line of JSON
 """
 
 import asyncio
+import fcntl
 import json
+import socket
+import struct
 import sys
 from pathlib import Path
 
@@ -128,7 +132,14 @@ def names_in_a_worker():
     return [core_algos.get_adv_estimator_fn("aapo").__module__, core_algos.get_policy_loss_fn("aapo").__module__]
 
 
+def raise_loopback():
+    """A fresh network namespace has a loopback interface that is down."""
+    up, set_flags = 0x1, 0x8914  # IFF_UP, SIOCSIFFLAGS
+    fcntl.ioctl(socket.socket(), set_flags, struct.pack("16sh", b"lo", up))
+
+
 def main(folder):
+    raise_loopback()
     # Four "CPUs" are numbers of Ray's: TransferQueue's actors and the task below hold one each.
     ray.init(
         num_cpus=4,
