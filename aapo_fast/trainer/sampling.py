@@ -7,8 +7,8 @@ import threading
 import time
 from collections.abc import Sequence
 
+from aapo_fast.advantages import pair
 from aapo_fast.data.packing import Weighted
-from aapo_fast.rollout.reference import pair
 from aapo_fast.trainer.engine import max_logprob_gap
 from aapo_fast.trainer.mismatch import Mismatch
 from aapo_fast.trainer.setup import Run, rollout_seed

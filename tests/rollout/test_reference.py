@@ -10,7 +10,8 @@ import time
 import pytest
 import support
 
-from aapo_fast.rollout.reference import ReferenceCache, pair
+from aapo_fast.advantages import pair
+from aapo_fast.rollout.reference import ReferenceCache
 from aapo_fast.types import Problem, SamplingParams, UserError
 
 COMMON = {"model": "m", "reward_version": "r", "sampling": SamplingParams(max_tokens=4), "samples": 2, "seed": 0}
