@@ -64,7 +64,10 @@ def train(config: Config, display: Display | None = None, ranks: Ranks = ONE) ->
             for _ in _steps(run, totals, rollouts, stop):
                 _save_checkpoint(run, totals, rollouts, before, stop)
         except Exception:  # whatever it was, the weights so far are worth keeping
-            _save(run, totals)
+            try:
+                _save(run, totals)
+            except Exception as error:  # a full disk, say; what came first is what is told
+                display.note(f"the model after step {totals.steps} could not be saved: {error}")
             raise
         _save(run, totals)
         after = None if stop.is_set() else evaluate_held_out(run, step=totals.steps)

@@ -73,19 +73,34 @@ class RunFolder:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file, whole or not at all."""
+        """Write a JSON file, whole or not at all. Raises UserError where the disk refuses it."""
         scratch = self.path / f".{name}"
-        scratch.write_text(json.dumps(without_nan(content), indent=2, default=str) + "\n", encoding="utf-8")
-        os.replace(scratch, self.path / name)
+        with self._written(name):
+            scratch.write_text(json.dumps(without_nan(content), indent=2, default=str) + "\n", encoding="utf-8")
+            os.replace(scratch, self.path / name)
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
-        """Append a line of JSON; numbers of metrics and evaluations go to TensorBoard too. NaN is written as null."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
+        """Append a line of JSON; numbers of metrics and evaluations go to TensorBoard too. NaN is written as null.
+
+        Raises:
+            UserError: the disk refuses it; half a line may be left, which ``cut`` takes away.
+        """
+        with self._written(name), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(without_nan(line), ensure_ascii=False) + "\n")
         if self._board is not None and name in (METRICS, EVALUATIONS):
             for key, value in flatten(line).items():
                 if isinstance(value, (int, float)) and key != "step":
                     self._board.add_scalar(f"{Path(name).stem}/{key}", value, line["step"])
+
+    @contextmanager
+    def _written(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path / name} cannot be written: {error.strerror or error}; make room, and go on from the last "
+                "checkpoint with --resume"
+            ) from error
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file of records so far; they are on the disk when this returns."""

@@ -264,6 +264,30 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, tiny_model, monkeypatch, wei
     assert checkpoint.read(folder_of(tmp_path, 2)).step == 2
 
 
+def test_a_disk_that_is_full_when_a_record_is_written(tmp_path, tiny_model, weights_alone):
+    """In the middle of a line: the run stops with the remedy, and with room again it ends as if nothing had been."""
+    tree = make_tree(tmp_path, tiny_model)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Fills(Notes):
+        def step(self, record, steps):
+            if record["step"] == 3:
+                size = (tmp_path / "run" / "metrics.jsonl").stat().st_size
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, hard))
+
+    notes = Fills()
+    try:
+        with pytest.raises(UserError, match=r"metrics.jsonl cannot be written: File too large; make room.*--resume"):
+            loop.train(config.parse(tree), notes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "the model after step 4 could not be saved" in notes.text
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes()[-1:] != b"\n"  # half a line
+    summary, said = run(tree, run={"resume": True})
+    assert "resuming after step 2" in said and summary["status"] == "finished"
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6] and weights(tmp_path) == weights_alone
+
+
 def test_a_folder_that_cannot_be_written(tmp_path, tiny_model):
     (tmp_path / "run").mkdir()
     tree = make_tree(tmp_path, tiny_model)
