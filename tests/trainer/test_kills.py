@@ -24,7 +24,7 @@ def forks(tmp_path_factory):
 def make_tree(folder, tiny_model, **changes):
     folder.mkdir()
     changes = {
-        "train__steps": 36, "train__schedule": "linear", "train__learning_rate": 3e-3, "rollout__max_tokens": 4,
+        "train__steps": 72, "train__schedule": "linear", "train__learning_rate": 3e-3, "rollout__max_tokens": 4,
         "rewards": [{"function": "reward_functions:late_letters"}], "scoring__max_failure_share": 0.9,
         "eval__every": 5, "eval__correct_at": 0.5, "checkpoint__every": 2, "run__resume": True,
     } | changes  # fmt: skip
@@ -52,9 +52,10 @@ def kill_often(forks, tree, folder, kills, ahead=False):
     checkpoints = folder / "run" / "checkpoints"
     for number in range(kills):
         fork, start = forks.start(tree, ahead), time.monotonic()
-        delay, count = draw.uniform(0, 1.5), draw.randint(1, 3)
+        delay, count = draw.uniform(0, 1.0), draw.randint(1, 3)
         moments = [
-            lambda start=start, delay=delay: time.monotonic() > start + delay,  # anywhere, often while it is loading
+            # anywhere, often while it is loading; but a fast machine must not be done by then
+            lambda f=fork, end=start + delay: time.monotonic() > end or f.output.count("\nstep ") >= 3,
             lambda fork=fork, count=count: fork.output.count("\nstep ") >= count,  # within a step
             # while a checkpoint is written; what an earlier kill has left is gone when the model is loaded
             lambda fork=fork: "loading" in fork.output and any(checkpoints.glob(".unfinished-*")),
@@ -72,8 +73,8 @@ def kill_often(forks, tree, folder, kills, ahead=False):
     ("changes", "kills"),
     [
         ({}, 20),
-        ({"reference__mode": "online", "train__steps": 12}, 5),
-        ({"rollout__engine": "vllm_server", "rollout__max_staleness": 1, "train__steps": 20}, 8),
+        ({"reference__mode": "online", "train__steps": 30}, 5),
+        ({"rollout__engine": "vllm_server", "rollout__max_staleness": 1, "train__steps": 40}, 8),
     ],
     ids=["cached reference", "online reference", "drawn ahead"],
 )
