@@ -23,10 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rest, overrides = _split_overrides(sys.argv[1:] if argv is None else list(argv))
         arguments = _parser().parse_args(rest)
-        takes_options = arguments.command in ("train", "eval", "serve", "quickstart") or getattr(
-            arguments, "plan", None
-        )
-        if overrides and not takes_options:
+        if overrides and not _takes_options(arguments):
             raise config.ConfigError(f"{arguments.command} takes no --{overrides[0][0]}")
         arguments.argv = rest
         return _run(arguments, overrides)
@@ -65,6 +62,8 @@ def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
 
 def _doctor(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     if arguments.plan is None:
+        if arguments.gpu is not None or arguments.memory_gib is not None:
+            raise config.ConfigError("--gpu and --memory-gib are for --plan CONFIG.toml")
         from aapo_fast.cli.doctor import doctor
 
         return doctor()
@@ -73,12 +72,19 @@ def _doctor(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
     from aapo_fast.cli.plan import show_plan
 
     assert commands
-    return show_plan(settings, arguments.gpu, arguments.memory_gib)
+    return show_plan(settings, arguments.gpu or "h100", arguments.memory_gib)
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    wanted = [name for name in arguments.benchmarks.split(",") if name]
+    wanted = [name.strip() for name in arguments.benchmarks.split(",") if name.strip()]
     names = {name.partition("=")[0]: name for name in wanted} or {"all" if arguments.all else "held-out": ""}
+    if arguments.benchmarks and len(names) != max(1, len(wanted)):
+        raise config.ConfigError(f"--benchmarks {arguments.benchmarks!r} names one twice; give each once")
+    if arguments.benchmarks and not wanted:
+        raise config.ConfigError(f"--benchmarks {arguments.benchmarks!r} names none; leave it out, or name some")
+    for key, value in overrides:
+        if key == "rollout.temperature" and float(value or "nan") == 0:
+            raise config.ConfigError("eval measures greedy accuracy in any case; for it alone: --eval.samples 0")
     configs = {name: config.load(arguments.config, overrides, benchmark) for name, benchmark in names.items()}
     from aapo_fast.cli.evaluate import evaluate
 
@@ -184,8 +190,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: aapo-fast doctor --plan CONFIG.toml --gpu h200 --lora.rank 32; with --plan, options of train.",
     )
     doctor.add_argument("--plan", type=Path, metavar="CONFIG.toml", help="memory and step time of a run, by arithmetic")
-    doctor.add_argument("--gpu", default="h100", metavar="NAME", help="a100, h100 (default) or h200")
-    doctor.add_argument("--memory-gib", type=float, metavar="X", help="of a GPU with another memory")
+    doctor.add_argument("--gpu", metavar="NAME", help="with --plan: a100, h100 (default) or h200")
+    doctor.add_argument("--memory-gib", type=float, metavar="X", help="with --plan: of a GPU with another memory")
     quickstart = commands.add_parser(
         "quickstart",
         help="teach a small language model to add, on a CPU, in minutes",

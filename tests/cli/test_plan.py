@@ -78,7 +78,10 @@ def test_remedies(seven_billion, changes, remedy, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpu", "h900"], "--gpu 'h900' is not known; known are a100, h100, h200; or give --memory-gib"),
+        (
+            ["--gpu", "h900"],
+            "--gpu 'h900' is not known; known are a100, h100, h200; for another, leave it out: --memory-gib X",
+        ),
         (["--memory-gib", "0"], "--memory-gib 0 must be above 0"),
         (["--model.path", "/nowhere"], "model.path='/nowhere' cannot be loaded"),
         (["--train.step", "3"], "unknown key train.step; did you mean train.steps?"),
@@ -90,3 +93,9 @@ def test_refusals(tmp_path, tiny_model, arguments, message, capsys):
     assert cli.main(["doctor", "--plan", str(path), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", [["--gpu", "h200"], ["--memory-gib", "80"]])
+def test_its_options_without_it(option, capsys):
+    assert cli.main(["doctor", *option]) == 2
+    assert "--gpu and --memory-gib are for --plan CONFIG.toml" in capsys.readouterr().err

@@ -87,8 +87,25 @@ def test_weights_a_token():
     fuse_loss(model)
     for training in (True, False):
         out, found = loss_and_gradient(model.train(training), **inputs, loss_weights=weights)
-        assert out.logits is None and out.loss.item() == pytest.approx(truth_loss.item(), rel=1e-4)
+        assert (out.logits is None) is training and out.loss.item() == pytest.approx(truth_loss.item(), rel=1e-4)
         assert relative(found, truth) < ROUNDING
+
+
+def test_another_index_to_ignore():
+    """As Transformers' loss takes it: labels of -100 would be out of range then, and none are given."""
+    inputs = batch()
+    inputs["labels"] = inputs["labels"].clamp(min=0)
+    check(support.tiny(), **inputs, ignore_index=0)
+
+
+def test_weights_in_evaluation_leave_the_logits_there():
+    model = support.tiny().eval()
+    inputs, weights = batch(), torch.rand(4, 12)
+    own = model(**inputs).logits
+    fuse_loss(model)
+    weighted = model(**inputs, loss_weights=weights)
+    assert torch.equal(weighted.logits, own)
+    assert torch.equal(weighted.loss, model.train()(**inputs, loss_weights=weights).loss)
 
 
 def test_evaluation_generation_and_calls_without_labels_are_the_models_own():

@@ -191,6 +191,13 @@ def test_a_trainer_with_a_loss_of_its_own(tmp_path, tiny_model):
 
 def test_other_refusals(tmp_path, tiny_model):
     trainer = make_trainer(tmp_path, str(tiny_model))
+    for wrong, said in (
+        ({"backward": "sparce"}, "backward='sparce' is unknown"),
+        ({"sparsity_threshold": 2.0}, "sparsity_threshold=2.0 must lie"),
+        ({"implementation": "cuda"}, "implementation='cuda' is unknown; use one of auto, torch"),
+    ):
+        with pytest.raises(UserError, match=said):
+            fuse(trainer, **wrong)
     with pytest.raises(UserError, match="through='head' is unknown"):
         fuse(trainer, through="head")
     for name, message in (("aux_loss_enabled", "router_aux_loss_coef=0.0"), ("_is_vlm", "vision"),

@@ -20,14 +20,16 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from aapo_fast import AAPO, aapo_advantages
-from aapo_fast.integrations.trl.head import WithObjective, fuse_heads, refuse, seed, unsupported
+from aapo_fast.integrations.trl.head import WithObjective, fuse_heads, refuse, seed, unsupported, wrong_settings
 from aapo_fast.models.lora import checkpoint_state, has_adapter, without_adapter
 from aapo_fast.types import UserError
 
 REFERENCE_FILE = "aapo_reference.json"
 WITHOUT_EFFECT = (
     "loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level", "beta", "entropy_coef",
-    "use_adaptive_entropy", "top_entropy_quantile", "off_policy_mask_threshold",
+    "use_adaptive_entropy", "top_entropy_quantile", "off_policy_mask_threshold", "use_bias_correction_kl",
+    "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos",
+    "vespo_lambda_neg", "entropy_coef_max", "entropy_coef_min", "entropy_coef_delta", "entropy_target",
 )  # fmt: skip
 """Settings of ``GRPOConfig`` that AAPO's loss has no use for: it has no ratio to clip and no KL term."""
 
@@ -68,6 +70,11 @@ class AAPOConfig(GRPOConfig):
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 yield f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}"
+        if not self.delta_low <= self.delta_high:
+            yield f"delta_low={self.delta_low} exceeds delta_high={self.delta_high}; exchange them"
+        if self.max_importance_weight < 0:
+            yield f"max_importance_weight={self.max_importance_weight} must be 0 (off) or above"
+        yield from wrong_settings(self.head_backward, self.head_sparsity_threshold)
         if self.scale_rewards == "batch":
             yield "scale_rewards='batch' is not AAPO's estimator; use 'group' or 'none'"
         if self.multi_objective_aggregation != "sum_then_normalize":

@@ -10,7 +10,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from aapo_fast.integrations.trl.aapo import AAPOTrainer
-from aapo_fast.integrations.trl.head import WithObjective, fuse_heads, refuse, seed, unsupported
+from aapo_fast.integrations.trl.head import WithObjective, fuse_heads, refuse, seed, unsupported, wrong_settings
 from aapo_fast.integrations.trl.objective import SURROGATES, Settings, TokenLoss, token_weights
 from aapo_fast.types import UserError
 
@@ -41,6 +41,7 @@ def fuse(
         raise UserError(f"fuse: this is for a GRPOTrainer, not for a {type(trainer).__name__}")
     if getattr(trainer, "_is_fused", False):
         raise UserError("fuse: this trainer is fused already; call it once")
+    refuse("fuse", wrong_settings(backward, sparsity_threshold, implementation))
     refuse("fuse", unsupported(trainer))
     if through == "loss":
         refuse("fuse", _not_token_local(trainer))

@@ -24,6 +24,7 @@ from aapo_fast.models.lora import has_adapter
 from aapo_fast.types import UserError
 
 IGNORE_INDEX = -100
+IMPLEMENTATIONS = ("auto", "torch", "triton", "native", "reference")
 
 
 class WithObjective:
@@ -101,6 +102,16 @@ def _spread(mask: Tensor, values: Tensor) -> Tensor:
 def refuse(who: str, reasons: Iterator[str]) -> None:
     for reason in reasons:
         raise UserError(f"{who}: {reason}")
+
+
+def wrong_settings(backward: str, sparsity_threshold: float, implementation: str = "auto") -> Iterator[str]:
+    """Of ``linear_policy_loss``, seen before the first completion is drawn."""
+    if backward not in ("exact", "sparse"):
+        yield f"backward={backward!r} is unknown; use 'exact' or 'sparse'"
+    if not 0 < sparsity_threshold < 1:
+        yield f"sparsity_threshold={sparsity_threshold} must lie between 0 and 1; 2**-13 is usual"
+    if implementation not in IMPLEMENTATIONS:
+        yield f"implementation={implementation!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}"
 
 
 def unsupported(trainer: GRPOTrainer) -> Iterator[str]:
