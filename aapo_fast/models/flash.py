@@ -61,6 +61,14 @@ def find_flash(name: str, device: torch.device, dtype: torch.dtype) -> Flash | N
     return None
 
 
+def name_of(flash: Flash | None) -> str:
+    """What runs, for a log."""
+    if flash is None:
+        return "sdpa"
+    run = flash.args[0] if isinstance(flash, partial) else flash
+    return f"{getattr(run, '__module__', '')}.{getattr(run, '__name__', '')}"
+
+
 def _package(name: str) -> Flash:
     """A flash-attn package, under the name that Transformers gives it."""
     from transformers import utils

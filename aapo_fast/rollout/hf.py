@@ -10,8 +10,9 @@ Letters: P prompts, R rows (sequences being generated), V vocabulary, L prompt l
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,8 +107,15 @@ class HFEngine:
         step = max(1, self.max_batch_size // n)
         for start in range(0, len(prompts), step):
             part = slice(start, start + step)
-            with self._precision(), without_adapter(model) if weights == "reference" else nullcontext():
-                rows = self._complete(model, prompts[part], n, sampling, seeds[part])
+            reference = without_adapter(model) if weights == "reference" else nullcontext()
+            with self._precision(), reference, _casts_kept(model):
+                try:
+                    rows = self._complete(model, prompts[part], n, sampling, seeds[part])
+                except torch.OutOfMemoryError as error:
+                    raise UserError(
+                        f"{str(error).split('. ')[0]} while generating; lower rollout.max_batch_size="
+                        f"{self.max_batch_size} or rollout.max_tokens={sampling.max_tokens}"
+                    ) from error
             samples = [self._sample(prompts[start + row.prompt], row, version) for row in rows]
             results += [samples[i : i + n] for i in range(0, len(samples), n)]
             if progress is not None:
@@ -180,6 +188,12 @@ class HFEngine:
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             if row.finish_reason is not None:
                 continue
+            if math.isnan(logprob):
+                raise UserError(
+                    "the model's next-token logits are NaN or infinite: its weights have diverged, or overflow in this "
+                    "precision; go on from an earlier checkpoint with a lower train.learning_rate, or set "
+                    "model.precision='float32'"
+                )
             row.tokens.append(token)
             row.logprobs.append(logprob)
             if token in self._eos or self._hits_stop_string(row.tokens, sampling.stop):
@@ -200,6 +214,23 @@ class HFEngine:
         assert row.finish_reason is not None
         text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
         return Sample(tuple(prompt), tuple(row.tokens), tuple(row.logprobs), text, row.finish_reason, version)
+
+
+@contextmanager
+def _casts_kept(model: nn.Module) -> Iterator[None]:
+    """Autocast keeps the cast of a weight only if it could be trained; a frozen one (the reference's, those under an
+    adapter) would be cast again for every token.
+    """
+    device = next(model.parameters()).device.type
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    frozen = frozen if torch.is_autocast_enabled(device) else []
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,7 @@ def train(config: Config, display: Display | None = None, ranks: Ranks = ONE) ->
         try:
             for _ in _steps(run, totals, rollouts, stop):
                 _save_checkpoint(run, totals, rollouts, before, stop)
+            run.background.finish()
         except Exception:  # whatever it was, the weights so far are worth keeping
             try:
                 _save(run, totals)

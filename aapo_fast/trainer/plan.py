@@ -219,8 +219,11 @@ def _rollout(config: Config, s: Shape, gpu: GPU) -> Iterator[Part]:
     sequences, length = _sequences_at_once(config), config.data.max_prompt_tokens + config.rollout.max_tokens
     cache = FP32 * 2 * s.layers * s.key_value * sequences * length
     yield Part("KV cache", cache, "arithmetic", "rollout", "8 L K a token of D sequences of full length")
-    # draw_tokens: logits, log-softmax in fp32; its exponential and the cumulative sum in fp64.
-    yield Part("next-token logits", (3 * FP32 + 2 * 8) * sequences * s.vocab, "estimate", "rollout", "28 D V")
+    # draw_tokens: logits, divided by the temperature, shifted, exponentiated; below a top-p of 1 a sort and its order.
+    wide = 16 if config.rollout.top_p == 1 else 32
+    yield Part("next-token logits", wide * sequences * s.vocab, "estimate", "rollout", f"{wide} D V")
+    if in_bfloat16(config):
+        yield Part("weights in bfloat16", 2 * (s.parameters - s.embeddings), "estimate", "rollout", "2 P, for the call")
 
 
 def _sequences_at_once(config: Config) -> int:
@@ -263,7 +266,8 @@ def _generation(config: Config, s: Shape, gpu: GPU, completions: int, length: in
     """A step of decoding reads all weights and the cache of the sequences so far (half of it on average): bound by the
     memory, as in Pope et al., arXiv 2211.05102, section 2.
     """
-    width = FP32 if config.rollout.engine == "hf" or config.vllm.dtype == "float32" else 2
+    full = not in_bfloat16(config) if config.rollout.engine == "hf" else config.vllm.dtype == "float32"
+    width = FP32 if full else 2
     batches = -(-completions // config.rollout.max_batch_size)
     sequences = -(-completions // batches)
     read = width * (s.parameters + s.layers * s.key_value * sequences * length)

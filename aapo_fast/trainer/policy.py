@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from aapo_fast.config import LoraConfig, LossConfig, ModelConfig
 from aapo_fast.data.packing import Weighted, pack, pad
-from aapo_fast.models.flash import Flash, find_flash
+from aapo_fast.models.flash import Flash, find_flash, name_of
 from aapo_fast.models.head import Head, find_decoder, find_head
 from aapo_fast.models.liger import use_liger
 from aapo_fast.models.load import load_model, steers_attention
@@ -45,6 +45,7 @@ class Policy:
         trained: the module whose parameters the optimizer moves: ``model``, or shards of it (``trainer.sharded``).
         ranks: that train it together.
         max_microbatch_tokens: what the device's memory was found to hold.
+        liger, passed_over: whether Liger's kernels are in the model; why a better attention is not.
         packed: whether batches are packed with shared prompts. False where the model's attention cannot be steered, or
             where it computes something else when it is (recurrent layers, say): then batches are right-padded.
     """
@@ -63,6 +64,7 @@ class Policy:
         self.trained: nn.Module = model
         self.ranks = ONE
         self.max_microbatch_tokens = sys.maxsize
+        self.liger, self.passed_over = False, ""
         self.decoder = find_decoder(model)
         self.device = self.head.weight.device
         self.temperature, self.how = temperature, loss
@@ -85,12 +87,12 @@ class Policy:
         precision = resolve_precision(config.precision, device)
         flash = find_flash(config.attention, device, precision)
         model, tokenizer = load_model(config.path, device)
-        if config.liger == "auto":
-            use_liger(model)
+        liger = config.liger == "auto" and use_liger(model)
         recompute_layers(find_decoder(model), config.activation_checkpointing)
         if lora.rank:
             model = add_adapter(model, lora.rank, lora.alpha, lora.target_modules)
         policy = cls(model, tokenizer, temperature, loss, precision, flash)
+        policy.liger = liger
         if flash is None or policy.packed:
             return policy
         if config.attention != "auto":
@@ -98,7 +100,17 @@ class Policy:
                 f"model.attention={config.attention!r} does not compute what {type(model).__name__}'s own attention "
                 "does (a soft-cap on its scores, too wide a head); set model.attention='auto'"
             )
-        return cls(model, tokenizer, temperature, loss, precision)
+        policy = cls(model, tokenizer, temperature, loss, precision)
+        policy.liger = liger
+        policy.passed_over = f"{name_of(flash)} does not compute what the model's own attention does"
+        return policy
+
+    def how_computed(self) -> str:
+        """One line: precision, attention, kernels of Liger."""
+        attention = name_of(self.flash) + (f" ({self.passed_over})" if self.passed_over else "")
+        kernels = "Liger's norms, RoPE and gated layers" if self.liger else "no kernels of Liger"
+        precision = str(self.precision).removeprefix("torch.")
+        return f"{precision} products over float32 weights, attention {attention}, {kernels}"
 
     def autocast(self) -> AbstractContextManager[object]:
         """The precision of what is computed inside."""
@@ -202,6 +214,8 @@ class Policy:
             truth = self.hidden_states(pad(samples, 0, self.device)).float()
             try:
                 ours = self.hidden_states(packed).float()
+            except torch.OutOfMemoryError:
+                raise
             except (TypeError, ValueError, RuntimeError):  # a decoder without position_ids, one that passes nothing on
                 return False
         return bool((ours - truth).norm() <= LAYOUT_TOLERANCE * truth.norm())

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ CONFIG, METRICS, EVALUATIONS, SAMPLES, SUMMARY = (
     "samples.jsonl",
     "summary.json",
 )
-CURVE, MODEL, CHECKPOINTS = "curve.png", "model", "checkpoints"
+CURVE, MODEL, CHECKPOINTS, LOCK = "curve.png", "model", "checkpoints", "lock"
 
 
 class RunFolder:
@@ -127,7 +127,7 @@ class RunFolder:
 
 
 @contextmanager
-def only_process(path: Path) -> Iterator[None]:
+def only_process(path: Path, note: Callable[[str], None]) -> Iterator[None]:
     """Keep other processes from training in this folder meanwhile. The lock ends with the process, however it ends.
 
     Raises:
@@ -135,7 +135,7 @@ def only_process(path: Path) -> Iterator[None]:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)  # for writing: else NFS refuses the lock
     except OSError as error:
         raise UserError(f"run.folder={str(path)!r} cannot be written: {error.strerror or error}") from error
     try:
@@ -145,8 +145,8 @@ def only_process(path: Path) -> Iterator[None]:
             raise UserError(
                 f"run.folder={str(path)!r}: another process is training there; wait for it, or name another folder"
             ) from None
-        except OSError:  # a disk of another machine that knows no locks
-            pass
+        except OSError as error:  # a disk that knows no locks
+            note(f"{path} cannot be locked ({error.strerror}): nothing keeps a second process from training there")
         yield
     finally:
         os.close(handle)

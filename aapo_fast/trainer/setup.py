@@ -66,7 +66,7 @@ def prepare(config: Config, display: Display, ranks: Ranks = ONE) -> Iterator[Ru
     """
     torch.manual_seed(config.run.seed)
     with ExitStack() as stack:
-        ranks.on_first(lambda: stack.enter_context(only_process(Path(config.run.folder))))
+        ranks.on_first(lambda: stack.enter_context(only_process(Path(config.run.folder), display.note)))
         background = Background()
         stack.callback(background.finish)
         resumed = ranks.on_first(lambda: find_checkpoint(config, display.note))
@@ -80,6 +80,8 @@ def prepare(config: Config, display: Display, ranks: Ranks = ONE) -> Iterator[Ru
         if config.lora.rank:
             trained, every = policy.num_parameters()
             display.note(f"LoRA of rank {config.lora.rank}: {trained:,} of {every:,} parameters are trained")
+        if policy.device.type == "cuda":
+            display.note(policy.how_computed())
         if not policy.packed:
             display.note(
                 f"{type(policy.model).__name__}: batches are padded, one row a completion; "

@@ -49,7 +49,12 @@ def save(run: Run, totals: Totals, rollouts: Rollouts, before: Evaluation | None
         step, weights, state = totals.steps, _weights(run), _state(run, totals, rollouts, before)
         if wait:
             return _write(run, step, weights, moments, state)
-        copies = _copies(weights), _copies(moments)
+        try:
+            # Moments of several ranks have just been gathered, and nobody else has them.
+            copies = _copies(weights), moments if run.ranks.world > 1 else _copies(moments)
+        except (RuntimeError, MemoryError):  # PyTorch's own for a host without memory
+            run.display.note("no memory for a copy of the checkpoint: training waits until it is written")
+            return _write(run, step, weights, moments, state)
         run.background.start(lambda: _write(run, step, *copies, state))
         return True
 

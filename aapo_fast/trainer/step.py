@@ -127,7 +127,13 @@ def optimizer_step(
     if finite:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
+        try:
+            optimizer.step()
+        except torch.OutOfMemoryError as error:  # at the first, which makes the moments
+            raise UserError(
+                f"{str(error).split('. ')[0]} in the optimizer, which takes 8 bytes a trained parameter; train an "
+                "adapter (lora.rank), or on several GPUs (docs/scaling.md)"
+            ) from error
         policy.collect()
     optimizer.zero_grad(set_to_none=True)
     return replace(

@@ -5,7 +5,9 @@ import math
 import pytest
 import support
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from aapo_fast.models.lora import add_adapter
 from aapo_fast.rollout.hf import HFEngine, draw_tokens
 from aapo_fast.types import SamplingParams, UserError
 
@@ -145,6 +147,47 @@ def test_logits_that_are_not_numbers_give_a_token_and_say_so():
     logits = torch.stack([torch.full((500,), math.nan), torch.full((500,), -math.inf), torch.zeros(500)])
     tokens, logprobs = draw_tokens(logits, torch.full((3,), 0.5, dtype=torch.float64), 1.0, 1.0)
     assert ((tokens >= 0) & (tokens < 500)).all() and logprobs.isnan().tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("kind", ["policy", "reference", "adapter"])
+def test_under_autocast_a_weight_is_cast_once_a_call(kind):
+    """Frozen ones too, which autocast by itself casts again for every token."""
+    model = support.tiny()
+    if kind == "adapter":
+        model = add_adapter(model, 4, 8.0, ["all-linear"])
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    engine = HFEngine(model, support.tokenizer(), precision=lambda: torch.autocast("cpu", torch.bfloat16))
+    if kind == "reference":
+        engine.keep_reference()
+        engine.sync_weights(1)
+    counts = []
+    for tokens in (2, 6):
+        with Casts() as casts:
+            weights = "reference" if kind == "reference" else "policy"
+            sampling = SamplingParams(temperature=0, max_tokens=tokens)
+            (drawn,) = engine.generate(PROMPTS[:1], n=1, sampling=sampling, seeds=[3], weights=weights)
+        counts.append((len(drawn[0].token_ids), casts.of_weights))
+    assert counts[1][0] > counts[0][0] and counts[0][1] == counts[1][1] > 0
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == frozen
+
+
+class Casts(TorchDispatchMode):
+    """Counts the matrices that are cast to bfloat16; activations have three or four dimensions."""
+
+    of_weights = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16:
+            self.of_weights += args[0].ndim == 2
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_model_that_has_diverged_stops_the_rollout():
+    model = support.tiny()
+    torch.nn.init.constant_(model.lm_head.weight, math.nan)
+    engine, sampling = HFEngine(model, support.tokenizer()), SamplingParams(max_tokens=2)
+    with pytest.raises(UserError, match="next-token logits are NaN or infinite.*precision='float32'"):
+        engine.generate(PROMPTS, n=1, sampling=sampling, seeds=[1, 2, 3])
 
 
 def test_reference_weights_stay_when_the_policy_moves():

@@ -3,10 +3,13 @@
 import errno
 import json
 import math
+import os
 import random
 import resource
 import shutil
+import signal
 import threading
+import time
 
 import pytest
 import support
@@ -18,7 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from aapo_fast import config
 from aapo_fast.rollout.hf import HFEngine
-from aapo_fast.trainer import checkpoint, loop
+from aapo_fast.trainer import checkpoint, loop, state
+from aapo_fast.trainer.background import Background
 from aapo_fast.trainer.records import only_process, read_lines
 from aapo_fast.types import UserError
 
@@ -366,6 +370,31 @@ def test_a_full_disk_in_the_background_is_said_and_does_not_end_the_run(tmp_path
 def test_a_second_process_in_the_folder_is_refused(tmp_path, tiny_model):
     """It would clear away what the first is writing."""
     tree = make_tree(tmp_path, tiny_model)
-    with only_process(tmp_path / "run"), pytest.raises(UserError, match="another process is training there; wait"):
+    with (
+        only_process(tmp_path / "run", print),
+        pytest.raises(UserError, match="another process is training there"),
+    ):
         run(tree, run={"resume": True})
     assert run(tree)[0]["status"] == "finished"
+
+
+def test_an_interrupt_waits_for_what_is_being_written():
+    """Else the folder's lock would be given up with a writer still at work."""
+    background, written = Background(), []
+    background.start(lambda: (time.sleep(1.0), written.append(True)))
+    threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        background.finish()
+    assert written == [True]
+    background.finish()
+
+
+def test_a_copy_that_does_not_fit_into_memory_is_written_at_once(tmp_path, tiny_model, monkeypatch, weights_alone):
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(state, "_copies", full)
+    summary, said = run(make_tree(tmp_path, tiny_model, checkpoint__background=True))
+    assert summary["status"] == "finished" and weights(tmp_path) == weights_alone
+    assert said.count("training waits until it is written") == 3
+    assert checkpoint.read(folder_of(tmp_path, 6)).step == 6
