@@ -1,5 +1,6 @@
 """Real vLLM servers over HTTP: what Hugging Face generates, before and after a sync; servers that die or hang."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -14,10 +15,12 @@ import vllm_support
 from vllm_support import PROMPTS, gap, move, same_greedy
 
 from aapo_fast.rollout.hf import HFEngine
+from aapo_fast.rollout.vllm import servers
 from aapo_fast.rollout.vllm.client import CONTROL_SECONDS, ServerClient, ServerError
 from aapo_fast.rollout.vllm.process import ServerProcess, free_port
 from aapo_fast.rollout.vllm.servers import Server, VLLMServersEngine
 from aapo_fast.rollout.vllm.transport import FolderTransport
+from aapo_fast.rollout.vllm.weights import named_weights
 from aapo_fast.types import SamplingParams, UserError
 
 pytestmark = [vllm_support.needs_vllm, pytest.mark.timeout(900)]
@@ -223,3 +226,27 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
         process.start(LIMIT)
     assert process.exit_code() is not None
     process.stop()
+
+
+def test_a_tied_head_arrives_over_http(tmp_path, monkeypatch):
+    """It is sent under its own name besides: without that the server goes on with the old one, which the gap shows."""
+    vllm_support.save_model(tmp_path / "model", tied=True)
+    model, tokenizer = vllm_support.load(tmp_path / "model")
+    process = ServerProcess(vllm_support.settings(tmp_path / "model"), KEY, tmp_path / "vllm.log")
+    transport = FolderTransport(tmp_path / "weights")
+    engine = VLLMServersEngine(model, tokenizer, [Server(None, process)], transport, LIMIT, torch.float32)
+    with contextlib.closing(engine):
+        truth = HFEngine(model, tokenizer)
+        assert same_greedy(engine, truth)
+        move(model)
+        engine.sync_weights(1)
+        assert same_greedy(engine, truth)
+        move(model, seed=2)
+        monkeypatch.setattr(servers, "named_weights", lambda *given: without_head(*given))
+        engine.sync_weights(2)
+        drawn = engine.generate(MANY, n=2, sampling=SamplingParams(max_tokens=6), seeds=range(24))
+        assert gap(model, drawn) > 0.05
+
+
+def without_head(*given):
+    return ((name, tensor) for name, tensor in named_weights(*given) if name != "lm_head.weight")
