@@ -73,7 +73,9 @@ def _package(name: str) -> Flash:
     """A flash-attn package, under the name that Transformers gives it."""
     from transformers import utils
 
-    if not getattr(utils, f"is_flash_attn_{name[-1]}_available")():
+    # Transformers 5.17 has not heard of every version yet.
+    is_there = getattr(utils, f"is_flash_attn_{name[-1]}_available", None)
+    if is_there is None or not is_there():
         raise UserError(
             f"model.attention={name!r}: flash-attn {name[-1]} is not installed for this GPU; install it, or set "
             "model.attention='auto'"

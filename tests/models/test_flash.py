@@ -7,6 +7,7 @@ import pytest
 import support
 import torch
 import torch.nn.functional as F
+import transformers
 from policy_support import make_samples, relative
 from torch.nn.attention.varlen import varlen_attn
 
@@ -154,6 +155,13 @@ def test_a_kernel_that_cannot_run_here_is_an_error_with_the_remedy(tmp_path, nam
     if name.startswith("flash"):
         with pytest.raises(UserError, match=rf"flash-attn {name[-1]} is not installed"):
             flash.find_flash(name, torch.device("cuda"), torch.bfloat16)
+
+
+def test_a_transformers_that_does_not_know_a_version_has_none_of_it(monkeypatch):
+    monkeypatch.delattr(transformers.utils, "is_flash_attn_4_available")
+    assert flash.find_flash("auto", torch.device("cuda"), torch.bfloat16) is not None
+    with pytest.raises(UserError, match="flash-attn 4 is not installed"):
+        flash.find_flash("flash_attention_4", torch.device("cuda"), torch.bfloat16)
 
 
 def test_what_is_found_without_a_name():
