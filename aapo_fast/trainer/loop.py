@@ -60,8 +60,12 @@ def train(config: Config, display: Display | None = None, ranks: Ranks = ONE) ->
         else:
             before = None if stop.is_set() else evaluate_held_out(run, step=0)
         totals.reference_seconds += reference_seconds
+        saved = totals.steps
         try:
-            for _ in _steps(run, totals, rollouts, stop):
+            for number in _steps(run, totals, rollouts, stop):
+                if _save_checkpoint(run, totals, rollouts, before, stop):
+                    saved = number
+            if stop.is_set() and totals.steps > saved:  # it was asked for after the look at the last step's end
                 _save_checkpoint(run, totals, rollouts, before, stop)
             run.background.finish()
         except Exception:  # whatever it was, the weights so far are worth keeping
@@ -105,12 +109,15 @@ def _steps(run: Run, totals: Totals, rollouts: Rollouts, stop: threading.Event) 
 
 def _save_checkpoint(
     run: Run, totals: Totals, rollouts: Rollouts, before: Evaluation | None, stop: threading.Event
-) -> None:
+) -> bool:
+    """If one is due, or the run is to stop; whether it was written, or is being."""
     every, last = run.config.checkpoint.every, stop.is_set()
     due = every > 0 and totals.steps % every == 0
     wait = last or not run.config.checkpoint.background
-    if (due or last) and save(run, totals, rollouts, before, wait) and last:
+    written = (due or last) and save(run, totals, rollouts, before, wait)
+    if written and last:
         run.display.note(f"a checkpoint of step {totals.steps} is saved: --resume goes on from it")
+    return written
 
 
 def train_step(run: Run, number: int, totals: Totals, rollouts: Rollouts) -> None:

@@ -398,3 +398,18 @@ def test_a_copy_that_does_not_fit_into_memory_is_written_at_once(tmp_path, tiny_
     assert summary["status"] == "finished" and weights(tmp_path) == weights_alone
     assert said.count("training waits until it is written") == 3
     assert checkpoint.read(folder_of(tmp_path, 6)).step == 6
+
+
+def test_an_interrupt_after_the_last_look_saves_a_checkpoint_too(tmp_path, tiny_model, monkeypatch, weights_alone):
+    tree, real = make_tree(tmp_path, tiny_model), loop._save_checkpoint
+
+    def then_interrupt(run, totals, *rest):
+        written = real(run, totals, *rest)
+        if totals.steps == 3 and not folder_of(tmp_path, 3).exists():
+            os.kill(os.getpid(), signal.SIGINT)
+        return written
+
+    monkeypatch.setattr(loop, "_save_checkpoint", then_interrupt)
+    summary, said = run(tree)
+    assert summary["status"] == "interrupted" and "a checkpoint of step 3 is saved" in said
+    assert run(tree, run={"resume": True})[0]["status"] == "finished" and weights(tmp_path) == weights_alone
