@@ -381,10 +381,14 @@ def test_a_second_process_in_the_folder_is_refused(tmp_path, tiny_model):
 def test_an_interrupt_waits_for_what_is_being_written():
     """Else the folder's lock would be given up with a writer still at work."""
     background, written = Background(), []
-    background.start(lambda: (time.sleep(1.0), written.append(True)))
-    threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        background.finish()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # other tests' libraries leave handlers of theirs
+    try:
+        background.start(lambda: (time.sleep(1.0), written.append(True)))
+        threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            background.finish()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert written == [True]
     background.finish()
 
