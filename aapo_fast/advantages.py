@@ -105,7 +105,7 @@ def _refuse_infinite(name: str, values: Tensor) -> None:
         raise ValueError(f"{name}[{index}] is {values[index].item()}; rewards must be finite, or NaN where missing")
 
 
-def pair(reference: Sequence[float], group_size: int, pairing: str) -> list[float]:
+def pair_references(reference: Sequence[float], group_size: int, pairing: str) -> list[float]:
     """The reference reward that each of G samples is set against.
 
     Args:

@@ -42,10 +42,10 @@ def _takes_options(arguments: argparse.Namespace) -> bool:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    if arguments.command == "doctor":
-        return _doctor(arguments, overrides)
     if arguments.command == "bench":
         return bench.run(arguments)
+    if arguments.command == "doctor":
+        return _doctor(arguments) if arguments.plan is None else _plan(arguments, overrides)
     from aapo_fast.cli import commands
 
     if arguments.command == "plot":
@@ -60,19 +60,18 @@ def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
     return commands.train(settings, str(path), overrides)
 
 
-def _doctor(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    if arguments.plan is None:
-        if arguments.gpu is not None or arguments.memory_gib is not None:
-            raise config.ConfigError("--gpu and --memory-gib are for --plan CONFIG.toml")
-        from aapo_fast.cli.doctor import doctor
+def _doctor(arguments: argparse.Namespace) -> int:
+    if arguments.gpu is not None or arguments.memory_gib is not None:
+        raise config.ConfigError("--gpu and --memory-gib are for --plan CONFIG.toml")
+    from aapo_fast.cli.doctor import doctor
 
-        return doctor()
-    settings = config.load(arguments.plan, overrides)
-    from aapo_fast.cli import commands  # says what is missing, where something is
+    return doctor()
+
+
+def _plan(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from aapo_fast.cli.plan import show_plan
 
-    assert commands
-    return show_plan(settings, arguments.gpu or "h100", arguments.memory_gib)
+    return show_plan(config.load(arguments.plan, overrides), arguments.gpu or "h100", arguments.memory_gib)
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
@@ -82,9 +81,6 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -
         raise config.ConfigError(f"--benchmarks {arguments.benchmarks!r} names one twice; give each once")
     if arguments.benchmarks and not wanted:
         raise config.ConfigError(f"--benchmarks {arguments.benchmarks!r} names none; leave it out, or name some")
-    for key, value in overrides:
-        if key == "rollout.temperature" and float(value or "nan") == 0:
-            raise config.ConfigError("eval measures greedy accuracy in any case; for it alone: --eval.samples 0")
     configs = {name: config.load(arguments.config, overrides, benchmark) for name, benchmark in names.items()}
     from aapo_fast.cli.evaluate import evaluate
 

@@ -117,7 +117,8 @@ def _check_engines(c: Config) -> None:
 def _check_combinations(c: Config) -> None:
     if c.rollout.temperature <= 0:
         raise ConfigError(
-            f"rollout.temperature={c.rollout.temperature} must be above 0: a policy learns only from what it samples"
+            f"rollout.temperature={c.rollout.temperature} must be above 0: a policy learns only from what it samples, "
+            "and an evaluation is greedy besides (eval.samples=0: greedy alone)"
         )
     if not 0 < c.rollout.top_p <= 1:
         raise ConfigError(f"rollout.top_p={c.rollout.top_p} must lie in (0, 1]")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-AttentionName = Literal["auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "varlen", "sdpa"]
-
 
 def option(default: Any, help: str) -> Any:
     """A documented field. Mutable defaults are copied for each instance."""

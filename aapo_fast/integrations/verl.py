@@ -25,7 +25,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss, register_adv_est, register_policy_loss
 from verl.utils.torch_functional import masked_mean
 
-from aapo_fast.advantages import aapo_advantages, pair
+from aapo_fast.advantages import aapo_advantages, pair_references
 from aapo_fast.types import UserError
 
 COLUMN = "reference_rewards"
@@ -152,11 +152,17 @@ def aapo_policy_loss(
     return loss, metrics
 
 
+def _members(uids: Sequence[str]) -> dict[str, list[int]]:
+    """The rows of each group, in their order."""
+    members: dict[str, list[int]] = {}
+    for row, uid in enumerate(uids):
+        members.setdefault(str(uid), []).append(row)
+    return members
+
+
 def _rows_of_groups(index: Sequence[str], device: torch.device) -> Tensor:
     """(groups, largest group) int64: the rows of each group in their order, -1 where a group is smaller."""
-    members: dict[str, list[int]] = {}
-    for row, uid in enumerate(index):
-        members.setdefault(str(uid), []).append(row)
+    members = _members(index)
     largest = max(len(rows) for rows in members.values())
     return torch.tensor([rows + [-1] * (largest - len(rows)) for rows in members.values()], device=device)
 
@@ -168,13 +174,11 @@ def _grouped(values: Tensor, rows: Tensor) -> Tensor:
 
 def _reference_rewards(uids: Sequence[str], pairing: str) -> Tensor:
     """(B,) the reference reward that each response is set against, from the data set's column."""
-    members: dict[str, list[int]] = {}
-    for row, uid in enumerate(uids):
-        members.setdefault(uid, []).append(row)
+    members = _members(uids)
     columns = _column_of_prompts(list(members))
     reference = torch.empty(len(uids))
     for uid, rows in members.items():
-        reference[rows] = torch.tensor(pair(columns[uid], len(rows), pairing))
+        reference[rows] = torch.tensor(pair_references(columns[uid], len(rows), pairing))
     return reference
 
 

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from aapo_fast.models.flash import Flash
+from aapo_fast.models.flash import Flash, Scores
 from aapo_fast.types import Ragged, Segments
 
 NAME = "aapo_fast_packed"
@@ -49,7 +49,7 @@ def packed_attention(
         assert flash is not None
         rows_q, rows_k, rows_v = (_autocast(t) for t in (rows_q, rows_k, rows_v))
         seen_k, seen_v = rows_k.index_select(0, packing.key_index), rows_v.index_select(0, packing.key_index)
-        return flash(rows_q, seen_k, seen_v, packing, scaling, sliding_window, softcap)[None], None
+        return flash(rows_q, seen_k, seen_v, packing, Scores(scaling, sliding_window, softcap))[None], None
     out = query.new_zeros(query.shape[2], query.shape[1], query.shape[3])
     for segments in packing:
         q = _gather(rows_q, segments.query_index)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,23 +17,29 @@ from torch import Tensor
 from aapo_fast.types import Ragged, UserError
 
 
+@dataclass(frozen=True)
+class Scores:
+    """How a query's scores are made of its products with keys.
+
+    Attributes:
+        scaling: factor on the products; None for 1 / sqrt(D).
+        window: keys that a query sees at most, its own included; None for all.
+        softcap: c of c tanh(score / c), or None.
+    """
+
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+
+
 class Flash(Protocol):
     """Attention of every problem in one launch; (Q, heads, D) in the queries' order.
 
     Masks are causal and end together: the last query of a problem sees all of its keys.
     """
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        ragged: Ragged,
-        scaling: float | None,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        """(Q, heads, D) queries; (K, kv_heads, D) keys and values. ``window`` counts keys, the query's own included."""
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, ragged: Ragged, scores: Scores) -> Tensor:
+        """(Q, heads, D) queries; (K, kv_heads, D) keys and values."""
         ...
 
 
@@ -87,18 +94,11 @@ def _package(name: str) -> Flash:
 
 
 def _by_package(
-    run: Callable[..., Any],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    ragged: Ragged,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
+    run: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, ragged: Ragged, scores: Scores
 ) -> Tensor:
-    more: dict[str, Any] = {} if window is None else {"window_size": (window - 1, 0)}
-    if softcap is not None:
-        more["softcap"] = softcap
+    more: dict[str, Any] = {} if scores.window is None else {"window_size": (scores.window - 1, 0)}
+    if scores.softcap is not None:
+        more["softcap"] = scores.softcap
     out = run(
         query,
         key,
@@ -107,7 +107,7 @@ def _by_package(
         cu_seqlens_k=ragged.key_starts,
         max_seqlen_q=ragged.most_queries,
         max_seqlen_k=ragged.most_keys,
-        softmax_scale=scaling,
+        softmax_scale=scores.scaling,
         causal=True,
         **more,
     )
@@ -137,11 +137,9 @@ def _by_torch(
     key: Tensor,
     value: Tensor,
     ragged: Ragged,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
+    scores: Scores,
 ) -> Tensor:
-    if softcap is not None:
+    if scores.softcap is not None:
         raise ValueError("PyTorch's variable-length attention has no soft-cap")
     more: dict[str, Any] = {}
     groups = query.shape[1] // key.shape[1]
@@ -157,8 +155,8 @@ def _by_torch(
         ragged.key_starts,
         ragged.most_queries,
         ragged.most_keys,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
+        scale=scores.scaling,
+        window_size=(-1 if scores.window is None else scores.window - 1, 0),
         **more,
     )
     return out

@@ -92,17 +92,15 @@ class Policy:
         if lora.rank:
             model = add_adapter(model, lora.rank, lora.alpha, lora.target_modules)
         policy = cls(model, tokenizer, temperature, loss, precision, flash)
+        if flash is not None and not policy.packed:
+            if config.attention != "auto":
+                raise UserError(
+                    f"model.attention={config.attention!r} does not compute what {type(model).__name__}'s own "
+                    "attention does (a soft-cap on its scores, too wide a head); set model.attention='auto'"
+                )
+            policy = cls(model, tokenizer, temperature, loss, precision)
+            policy.passed_over = f"{name_of(flash)} does not compute what the model's own attention does"
         policy.liger = liger
-        if flash is None or policy.packed:
-            return policy
-        if config.attention != "auto":
-            raise UserError(
-                f"model.attention={config.attention!r} does not compute what {type(model).__name__}'s own attention "
-                "does (a soft-cap on its scores, too wide a head); set model.attention='auto'"
-            )
-        policy = cls(model, tokenizer, temperature, loss, precision)
-        policy.liger = liger
-        policy.passed_over = f"{name_of(flash)} does not compute what the model's own attention does"
         return policy
 
     def how_computed(self) -> str:

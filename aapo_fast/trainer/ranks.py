@@ -12,6 +12,8 @@ says so in it, and every rank raises. With one rank nothing is told, and each is
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -153,7 +155,8 @@ def joined_ranks(config: Config) -> Iterator[Ranks]:
     """The ranks that torchrun has started, connected; ``ONE`` where it has not.
 
     One rank speaks for all when they fail: the first to fail raises its error, with its number; the others end without
-    a word. A rank that is killed is missed by the next that waits for it.
+    a word. A rank that is killed is missed by the next that waits for it; torchrun, which sees it too, sends the others
+    SIGTERM at about that moment, and an error that is on its way is told nevertheless.
 
     Raises:
         UserError: what cannot be done on several ranks, or what failed.
@@ -163,6 +166,8 @@ def joined_ranks(config: Config) -> Iterator[Ranks]:
     if world == 1:
         yield ONE
         return
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end_unless_failing)
     store, rank, world = next(dist.rendezvous("env://", timeout=TIME_LIMIT))
     try:
         # What ranks tell each other is in the CPU's memory, so gloo is there beside NCCL.
@@ -217,6 +222,12 @@ def _takes_gpu(config: Config, world: int) -> bool:
         )
     torch.cuda.set_device(local_rank)
     return True
+
+
+def _end_unless_failing(number: int, _: object) -> None:
+    """Handles a signal: an error in flight ends the process by itself, and has something to say first."""
+    if sys.exc_info()[1] is None:
+        raise SystemExit(128 + number)
 
 
 def _fails_first(store: dist.Store) -> bool:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from aapo_fast.advantages import pair
+from aapo_fast.advantages import pair_references
 from aapo_fast.data.packing import Weighted
 from aapo_fast.trainer.engine import max_logprob_gap
 from aapo_fast.trainer.mismatch import Mismatch
@@ -136,4 +136,4 @@ def reference_rewards(run: Run, problems: Sequence[Problem], groups: Sequence[Gr
     else:
         drawn = run.cache.rewards_of(problems)
     size, pairing = run.config.rollout.group_size, run.config.reference.pairing
-    return [reward for rewards in drawn for reward in pair(rewards, size, pairing)]
+    return [reward for rewards in drawn for reward in pair_references(rewards, size, pairing)]

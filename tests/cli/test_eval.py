@@ -168,7 +168,8 @@ def test_a_gold_answer_that_cannot_be_read_is_refused_by_its_row(tmp_path, chat_
     [
         (["--benchmarks", ","], "--benchmarks ',' names none"),
         (["--benchmarks", "math500, math500=x.jsonl"], "names one twice; give each once"),
-        (["--rollout.temperature", "0"], "eval measures greedy accuracy in any case; for it alone: --eval.samples 0"),
+        (["--rollout.temperature", "abc"], "rollout.temperature='abc'"),
+        (["--rollout.temperature", "0"], "an evaluation is greedy besides (eval.samples=0: greedy alone)"),
         (["--benchmarks", "aime25"], "--benchmarks 'aime25' is not known; known are aime24, math500, amc23"),
         (["--benchmarks", "aime24"], "data.source='hub:HuggingFaceH4/aime_2024' with"),
         (["--benchmarks", "aime24"], "(without a network give a copy: hub:FOLDER, .parquet or .jsonl)"),

@@ -14,13 +14,15 @@ from torch.nn.attention.varlen import varlen_attn
 from aapo_fast.config import ModelConfig
 from aapo_fast.data.packing import Weighted, pack
 from aapo_fast.models import attention, flash
+from aapo_fast.models.flash import Scores
 from aapo_fast.trainer.policy import Policy
 from aapo_fast.types import UserError
 
 
-def one_by_one(query, key, value, ragged, scaling, window, softcap):
+def one_by_one(query, key, value, ragged, scores_of):
     """What a flash kernel computes, one problem after the other and written out."""
     out = []
+    scaling, window, softcap = scores_of.scaling, scores_of.window, scores_of.softcap
     groups = query.shape[1] // key.shape[1]
     starts = zip(ragged.query_starts.tolist(), ragged.key_starts.tolist(), strict=True)
     (q_start, k_start), *ends = starts
@@ -108,13 +110,15 @@ def test_pytorchs_kernel_is_asked_for_the_same(window, shares_keys):
         starts = [given["cu_seq_q"], given["cu_seq_k"]]
         as_given = flash.Ragged(torch.empty(0), *starts, given["max_q"], given["max_k"])
         window = None if left == -1 else left + 1
-        return one_by_one(*(given[n] for n in ("query", "key", "value")), as_given, given["scale"], window, None)
+        return one_by_one(
+            *(given[n] for n in ("query", "key", "value")), as_given, Scores(given["scale"], window, None)
+        )
 
     q, k, v, ragged = problem(4, 2)
-    ours = flash._by_torch(carried_out, shares_keys, q, k, v, ragged, 0.3, window, None)
-    assert torch.allclose(ours, one_by_one(q, k, v, ragged, 0.3, window, None))
+    ours = flash._by_torch(carried_out, shares_keys, q, k, v, ragged, Scores(0.3, window, None))
+    assert torch.allclose(ours, one_by_one(q, k, v, ragged, Scores(0.3, window, None)))
     with pytest.raises(ValueError, match="no soft-cap"):
-        flash._by_torch(carried_out, shares_keys, q, k, v, ragged, 0.3, window, 5.0)
+        flash._by_torch(carried_out, shares_keys, q, k, v, ragged, Scores(0.3, window, 5.0))
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -129,11 +133,11 @@ def test_flash_attn_is_asked_for_the_same(window, softcap):
         assert causal and window_size[1] == (-1 if window is None else 0)
         as_given = flash.Ragged(torch.empty(0), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         width = None if window_size[0] == -1 else window_size[0] + 1
-        return one_by_one(q, k, v, as_given, softmax_scale, width, softcap or None), None
+        return one_by_one(q, k, v, as_given, Scores(softmax_scale, width, softcap or None)), None
 
     q, k, v, ragged = problem(4, 4)
-    ours = flash._by_package(carried_out, q, k, v, ragged, None, window, softcap)
-    assert torch.allclose(ours, one_by_one(q, k, v, ragged, None, window, softcap))
+    ours = flash._by_package(carried_out, q, k, v, ragged, Scores(None, window, softcap))
+    assert torch.allclose(ours, one_by_one(q, k, v, ragged, Scores(None, window, softcap)))
 
 
 def test_the_written_out_truth_is_pytorchs_attention():
@@ -143,7 +147,7 @@ def test_the_written_out_truth_is_pytorchs_attention():
         *(t.transpose(0, 1) for t in (q[last[0]], k[last[1]], v[last[1]])),
         attn_mask=torch.ones(6, 12, dtype=torch.bool).tril(6),
     ).transpose(0, 1)
-    assert torch.allclose(one_by_one(q, k, v, ragged, None, None, None)[last[0]], alone, atol=1e-6)
+    assert torch.allclose(one_by_one(q, k, v, ragged, Scores(None, None, None))[last[0]], alone, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", list(flash.KERNELS))
@@ -174,7 +178,7 @@ def test_what_is_found_without_a_name():
 
 def test_a_named_kernel_that_does_not_fit_the_model_is_refused_and_auto_falls_back(tmp_path, monkeypatch):
     def no_softcap(*args):
-        if args[-1] is not None:
+        if args[-1].softcap is not None:
             raise ValueError("no soft-cap")
         return one_by_one(*args)
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import support
 
-from aapo_fast.advantages import pair
+from aapo_fast.advantages import pair_references
 from aapo_fast.rollout.reference import ReferenceCache
 from aapo_fast.types import Problem, SamplingParams, UserError
 
@@ -136,6 +136,6 @@ def test_files_that_are_no_cache(tmp_path):
 
 
 def test_pairing():
-    assert pair([1.0, 2.0, 3.0], 5, "paired") == [1.0, 2.0, 3.0, 1.0, 2.0]
-    assert pair([1.0, math.nan, 3.0], 2, "mean") == [2.0, 2.0]
-    assert all(map(math.isnan, pair([math.nan], 2, "mean")))
+    assert pair_references([1.0, 2.0, 3.0], 5, "paired") == [1.0, 2.0, 3.0, 1.0, 2.0]
+    assert pair_references([1.0, math.nan, 3.0], 2, "mean") == [2.0, 2.0]
+    assert all(map(math.isnan, pair_references([math.nan], 2, "mean")))

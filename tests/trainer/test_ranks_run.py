@@ -131,7 +131,7 @@ def test_what_several_ranks_cannot_do(changes, message):
         check_ranks(config.parse(changes), 2)
 
 
-def torchrun(tmp_path, tree, world=2):
+def torchrun(tmp_path, tree, world=2, module="aapo_fast.cli"):
     """The command itself; its exit code and everything it says."""
     path = tmp_path / "config.toml"
     path.write_text("")
@@ -140,7 +140,7 @@ def torchrun(tmp_path, tree, world=2):
     settings = [f"--{layer}.{k}={json.dumps(v)}" for layer, table in layers.items() for k, v in table.items()]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)),
-        *("-m", "aapo_fast.cli", "train", str(path), *settings),
+        *("-m", module, "train", str(path), *settings),
     ]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path), "GLOO_SOCKET_IFNAME": "lo"
@@ -169,6 +169,18 @@ def f(completions, prompts, **columns):
 """
 
 
+SLOW_TO_END = """
+import os, signal, sys
+from aapo_fast import cli
+from aapo_fast.trainer import ranks
+def slow(store, fails_first=ranks._fails_first):
+    os.kill(os.getpid(), signal.SIGTERM)  # as torchrun does, some time after another rank was killed
+    return fails_first(store)
+ranks._fails_first = slow
+sys.exit(cli.main())
+"""
+
+
 @pytest.mark.parametrize(
     ("at_once", "message"),
     [
@@ -182,7 +194,8 @@ def test_a_rank_that_fails_ends_all_with_one_line(tmp_path, tiny_model, monkeypa
     metrics = tmp_path / "run" / "run" / "metrics.jsonl"
     (tmp_path / "bad_reward.py").write_text(BAD_REWARD.format(at_once=at_once, metrics=str(metrics)))
     tree = in_folder(tmp_path / "run", tiny_model, rewards=[{"function": "bad_reward:f"}])
-    code, output = torchrun(tmp_path, tree)
+    (tmp_path / "slow_to_end.py").write_text(SLOW_TO_END)
+    code, output = torchrun(tmp_path, tree, module="slow_to_end")
     assert code != 0 and len(re.findall("^aapo-fast: error:", output, re.MULTILINE)) == 1, output
     assert re.search(f"^aapo-fast: error: {message}", output, re.MULTILINE), output
     assert "aapo_fast" not in "".join(re.findall('  File "(.*)"', output)), output  # torchrun's is the only traceback

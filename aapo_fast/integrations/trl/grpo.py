@@ -41,7 +41,7 @@ def fuse(
         raise UserError(f"fuse: this is for a GRPOTrainer, not for a {type(trainer).__name__}")
     if getattr(trainer, "_is_fused", False):
         raise UserError("fuse: this trainer is fused already; call it once")
-    refuse("fuse", wrong_settings(backward, sparsity_threshold, implementation))
+    refuse("fuse", wrong_settings(backward, sparsity_threshold, implementation, trainer.accelerator.device))
     refuse("fuse", unsupported(trainer))
     if through == "loss":
         refuse("fuse", _not_token_local(trainer))

@@ -21,10 +21,12 @@ from trl.trainer.utils import FusedCausalLMOutput
 from aapo_fast import linear_logprobs, linear_policy_loss
 from aapo_fast.models.head import check_head, find_decoder, find_head
 from aapo_fast.models.lora import has_adapter
+from aapo_fast.ops.dispatch import resolve
+from aapo_fast.ops.linear_policy.checks import check_numbers
 from aapo_fast.types import UserError
 
 IGNORE_INDEX = -100
-IMPLEMENTATIONS = ("auto", "torch", "triton", "native", "reference")
+CPU = torch.device("cpu")
 
 
 class WithObjective:
@@ -47,6 +49,14 @@ def seed(trainer: GRPOTrainer) -> int:
 
 
 def fuse_heads(trainer: GRPOTrainer, how: dict[str, Any]) -> None:
+    """Fuse the head of the trainer's model, and of its reference model if it has one.
+
+    Args:
+        how: ``backward``, ``sparsity_threshold``, ``implementation`` of ``linear_policy_loss``.
+
+    Raises:
+        UserError: a head that the fused pass does not compute.
+    """
     models = [trainer.model] if trainer.ref_model is None else [trainer.model, trainer.ref_model]
     for model in models:
         plain = trainer.accelerator.unwrap_model(model)
@@ -100,21 +110,24 @@ def _spread(mask: Tensor, values: Tensor) -> Tensor:
 
 
 def refuse(who: str, reasons: Iterator[str]) -> None:
+    """Raise UserError with the first of the reasons, if there is one; ``who`` refuses."""
     for reason in reasons:
         raise UserError(f"{who}: {reason}")
 
 
-def wrong_settings(backward: str, sparsity_threshold: float, implementation: str = "auto") -> Iterator[str]:
-    """Of ``linear_policy_loss``, seen before the first completion is drawn."""
-    if backward not in ("exact", "sparse"):
-        yield f"backward={backward!r} is unknown; use 'exact' or 'sparse'"
-    if not 0 < sparsity_threshold < 1:
-        yield f"sparsity_threshold={sparsity_threshold} must lie between 0 and 1; 2**-13 is usual"
-    if implementation not in IMPLEMENTATIONS:
-        yield f"implementation={implementation!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}"
+def wrong_settings(
+    backward: str, sparsity_threshold: float, implementation: str = "auto", device: torch.device = CPU
+) -> Iterator[str]:
+    """What the op will say of its settings, before the first completion is drawn."""
+    try:
+        chosen = resolve(implementation, device)
+        check_numbers(None, 1.0, backward, sparsity_threshold, 0, chosen)
+    except (ValueError, RuntimeError) as error:
+        yield str(error)
 
 
 def unsupported(trainer: GRPOTrainer) -> Iterator[str]:
+    """What a trainer does that the fused head does not, each in a line with the remedy."""
     if trainer._is_vlm:
         yield "vision-language models are not supported; leave the trainer as it is"
     if trainer.aux_loss_enabled:
