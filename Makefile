@@ -37,7 +37,7 @@ quickstart: $(STAMP)
 
 test: $(STAMP) $(VLLM_STAMP) $(VERL_STAMP)
 	$(BIN)/python -m pytest
-	@if [ -n "$(VERL)" ]; then PYTHONPATH=$(VERL_FOLDER) $(BIN)/python -m pytest tests/integrations/test_verl.py; fi
+	@if [ -n "$(VERL)" ]; then PYTHONPATH=$(VERL_FOLDER) $(BIN)/python -m pytest tests/integrations/test_verl*.py; fi
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

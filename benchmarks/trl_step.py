@@ -1,11 +1,11 @@
 """TRL's trainers on the quickstart's model and task: AAPOTrainer's accuracy, and what ``fuse`` saves of a GRPO step.
 
     pip install trl==1.16.0
-    python benchmarks/trl_step.py accuracy [--steps 30] [--seed 0]
+    python benchmarks/trl_step.py accuracy [--steps 60] [--seed 0]
     python benchmarks/trl_step.py pairs [--rounds 7] [--output benchmarks/results/cpu/trl_step.json]
 
 ``accuracy`` trains SmolLM2-135M in float32 to add two numbers, 8 prompts x 8 completions of at most 6 tokens a step,
-and scores the quickstart's held-out sums greedily before and after. Unlike the quickstart it cannot stop at a newline.
+ended by a newline, by the quickstart's recipe, and scores its held-out sums greedily before and after.
 
 ``pairs`` times loss and backward of one microbatch, 64 completions of at most 10 tokens: two trainers, one of them
 fused, with the same weights and the same microbatch, taking turns in alternating order. Generation is in neither. On a
@@ -84,6 +84,8 @@ def accuracy(model, tokenizer, problems) -> float:
 
 def measure_accuracy(steps: int, seed: int) -> dict:
     model, tokenizer, rows, held_out = task()
+    ends = model.generation_config
+    ends.eos_token_id = [ends.eos_token_id, *tokenizer("\n").input_ids]  # as rollout.stop of the quickstart
     with tempfile.TemporaryDirectory() as folder:
         settings = AAPOConfig(
             **arguments_of(
@@ -148,7 +150,7 @@ def compared(seconds: dict[str, list[float]]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["accuracy", "pairs"])
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of accuracy")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of accuracy")
     parser.add_argument("--seed", type=int, default=0, help="of accuracy")
     parser.add_argument("--rounds", type=int, default=7, help="timed pairs, after one to warm up")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
