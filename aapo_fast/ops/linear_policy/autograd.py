@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aapo_fast.objectives import Objective
-from aapo_fast.ops.linear_policy import chunked
+from aapo_fast.ops.linear_policy import runs
 from aapo_fast.ops.linear_policy.chunked import Call, Gradients, Pass
 
 IGNORE_INDEX = -100
@@ -38,7 +38,7 @@ def run_policy_loss(
     """Loss, (N,) log-probabilities, (N,) entropies, gradients of the visited rows, and which rows these are."""
     with _as_written(targets):
         work, rows = _pass(operands, targets, objective, call, wanted)
-        loss, logps, entropy = chunked.policy_loss(work, objective, active_rows(objective))
+        loss, logps, entropy = runs.policy_loss(work, objective, active_rows(objective))
         gradients = work.end()
     logps, entropy = (scattered(values, rows, targets.numel(), math.nan) for values in (logps, entropy))
     return loss, logps, entropy, gradients, rows
@@ -88,7 +88,7 @@ def run_statistics(
     """The forward of ``logprobs``."""
     with _as_written(targets):
         work, rows = _pass(operands, targets, None, call, (False, False, False))
-        found = chunked.statistics(work)
+        found = runs.statistics(work)
     logps, entropy, logsumexp = (scattered(values, rows, targets.numel(), 0.0) for values in found)
     return logps, entropy, logsumexp
 
@@ -103,7 +103,7 @@ def run_gradients(
     """The backward of ``logprobs``, each gradient in the dtype and shape of its operand."""
     with _as_written(targets):
         work, rows = _pass(operands, targets, None, call, wanted)
-        found = chunked.gradients(work, [d if d is None or rows is None else d.index_select(0, rows) for d in upstream])
+        found = runs.gradients(work, [d if d is None or rows is None else d.index_select(0, rows) for d in upstream])
     pairs = zip(found, operands, strict=True)
     d_hidden, d_weight, d_bias = (None if g is None or t is None else g.to(t.dtype) for g, t in pairs)
     return None if d_hidden is None else scattered(d_hidden, rows, targets.numel(), 0.0), d_weight, d_bias
