@@ -68,6 +68,7 @@ def type_lines(checkout, *shell_blocks):
     ours = ("AAPO_FAST", "PYTHON", "TRITON", "VIRTUAL_ENV")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     path = [folder for folder in environment["PATH"].split(":") if Path(folder) != Path(sys.executable).parent]
+    environment["PIP_NO_COMPILE"] = "no"  # means yes (pip documents it): what is never imported is not compiled
     environment["PATH"] = ":".join([str(checkout.parent / "bin"), *path])
     script = "".join(f"echo '{NEXT_BLOCK}'\n{block}\n" for block in shell_blocks)
     done = subprocess.run(
