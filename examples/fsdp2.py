@@ -1,6 +1,6 @@
 """The loss under FSDP2 (``fully_shard``), as in TorchTitan's trainer: parameters sharded, unequal batches, one step.
 
-    torchrun --nproc-per-node 2 examples/fsdp2.py [--steps 20]
+    torchrun --standalone --nproc-per-node 2 examples/fsdp2.py [--steps 20]
 
 Two things to get right, both below: the loss is computed inside the wrapped model's forward, where the head's weight is
 whole; and FSDP averages gradients over ranks, so the loss is divided by the tokens of all ranks and multiplied by their
@@ -75,5 +75,5 @@ def train(steps: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps (%(default)s)")
     train(parser.parse_args().steps)

@@ -63,11 +63,12 @@ def train(steps: int) -> list[float]:
 
         rewards_of_steps.append(rewards.mean().item())
         if step % 10 == 0 or step == steps - 1:
-            print(f"step {step:3d}  reward {rewards_of_steps[-1]:.2f}  entropy {out.entropy.nanmean():.2f}", flush=True)
+            means = f"reward {rewards_of_steps[-1]:.2f}  reference {reference_rewards.mean():.2f}"
+            print(f"step {step:3d}  {means}  entropy {out.entropy.nanmean():.2f}", flush=True)
     return rewards_of_steps
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps (%(default)s)")
     train(parser.parse_args().steps)
