@@ -70,7 +70,7 @@ def test_when_reference_rewards_are_kept(tmp_path, tiny_model, weights_alone):
     notes = Fills()
     with (
         room_for(resource.RLIM_INFINITY),
-        pytest.raises(UserError, match=r"reference.cache=.* failed: .*(full|I/O)"),
+        pytest.raises(UserError, match=r"reference.cache=.* failed: .*(full|I/O).*; look at its disk"),
     ):
         loop.train(config.parse(tree), notes)
     assert not steps(tmp_path)

@@ -108,9 +108,7 @@ def test_ranks_whose_memory_runs_out_say_what_to_lower(monkeypatch):
     policy = make_policy()
     policy.ranks = Ranks(0, 2)
     full_memory(policy, monkeypatch, 5)
-    with pytest.raises(
-        UserError, match="with 2 ranks a step is not begun anew: lower train.max_microbatch_tokens="
-    ):
+    with pytest.raises(UserError, match="with 2 ranks a step is not begun anew: lower train.max_microbatch_tokens="):
         optimizer_step(policy, make_optimizer(policy, CONFIG), make_samples(), CONFIG, 1e-3)
     assert all(p.grad is None for p in policy.model.parameters())
 
