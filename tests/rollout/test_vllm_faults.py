@@ -15,9 +15,9 @@ from aapo_fast import config
 from aapo_fast.trainer import loop, setup
 from aapo_fast.trainer.records import read_lines
 
-pytestmark = [vllm_support.needs_vllm, pytest.mark.timeout(600)]
+pytestmark = [vllm_support.needs_vllm, pytest.mark.timeout(900)]
 
-LIMIT = 120.0
+LIMIT = 400.0
 
 
 @pytest.fixture
