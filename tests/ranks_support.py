@@ -70,7 +70,18 @@ def _rank(rank, world, environment, end, name, arguments):
 # --- optimizer steps ------------------------------------------------------------------------------------------------
 
 
-def make_policy(ranks, family="llama", dtype="float64", lora_rank=0, **loss):
+def explode(model, channel):
+    """The same logits, by a last norm and a head of which one channel is tiny and enormous: the gradient of the norm's
+    weight is finite there, and its square is not.
+    """
+    scale = torch.finfo(model.dtype).max ** 0.75
+    with torch.no_grad():
+        model.model.norm.weight[channel] /= scale
+        model.lm_head.weight[:, channel] *= scale
+    return model
+
+
+def make_policy(ranks, family="llama", dtype="float64", lora_rank=0, explodes_in=None, **loss):
     from aapo_fast.config import LossConfig
     from aapo_fast.models import attention
     from aapo_fast.models.lora import add_adapter
@@ -81,6 +92,8 @@ def make_policy(ranks, family="llama", dtype="float64", lora_rank=0, **loss):
     sparse.DENSE_SHARE = 10.0  # a vocabulary of 45 would always be dense
     model = support.tiny(family, dtype=getattr(torch, dtype))
     model.set_attn_implementation(attention.NAME)
+    if explodes_in is not None:
+        explode(model, explodes_in)
     if lora_rank:
         torch.manual_seed(ranks.rank)  # all must begin with the first rank's
         model = add_adapter(model, lora_rank, 32.0, ["all-linear"])

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,27 @@ def test_relative_links_lead_somewhere(page):
 def test_python_blocks_are_python(page):
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         compile(block, str(page), "exec")
+
+
+INJECT = [f"trainer/test_{name}.py" for name in ("clock", "full_disk", "kills", "nonfinite")]
+"""Files all of whose tests are in the table of faults."""
+
+
+@pytest.mark.timeout(180)
+def test_the_table_of_faults_names_tests_with_the_cases_that_it_counts():
+    rows = [line.split(" | ") for line in (ROOT / "docs" / "faults.md").read_text().splitlines() if "::" in line]
+    named = [re.findall(r"`([\w/]+\.py)::(\w+)`", tests) for _, tests, *_ in rows]
+    assert len(rows) > 50 and all(named) and {len(row) for row in rows} == {5}
+    for file, test in (pair for pairs in named for pair in pairs):
+        assert re.search(rf"^def {test}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), test
+    here = {
+        file for pairs in named for file, _ in pairs if not file.startswith("gpu/")
+    }  # others need a GPU to be listed
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=--import-mode=importlib"]
+    command += ["-p", "no:cacheprovider", *sorted(f"tests/{file}" for file in here | set(INJECT))]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    cases = Counter(re.findall(r"^tests/([\w/]+\.py)::(\w+)", listed, re.MULTILINE))
+    for pairs, (fault, _, times, *_) in zip(named, rows, strict=True):
+        known = sum(cases[pair] or 1 for pair in pairs)
+        assert re.fullmatch(rf"(\d+ in )?{known}", times), f"{fault}: {times}, and there are {known} cases"
+    assert {pair for pair in cases if pair[0] in INJECT} <= {pair for pairs in named for pair in pairs}

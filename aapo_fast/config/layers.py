@@ -194,7 +194,7 @@ class TrainConfig:
     beta2: float = option(0.999, "AdamW's second moment")
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0 never clips")
     max_microbatch_tokens: int = option(4096, "tokens of one forward and backward pass")
-    max_nonfinite_steps: int = option(3, "skipped steps in a row (NaN or infinite gradient) after which the run stops")
+    max_nonfinite_steps: int = option(3, "skipped steps in a row (their gradient NaN or infinite) that stop the run")
 
 
 @dataclass(frozen=True)

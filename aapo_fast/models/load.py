@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
+import pickle
 import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from aapo_fast.models import attention
@@ -45,6 +48,11 @@ def load_model(path: str, device: torch.device) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(f"model.path={path!r} cannot be loaded: {first_line}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"model.path={path!r} cannot be loaded: its weights are a pickle with more in it than tensors, which could "
+            "run code; save them as safetensors"
+        ) from error
     check_head(model)
     take_over_attention(model)
     return model, tokenizer
@@ -104,20 +112,39 @@ def steers_attention(model: Any) -> bool:
     return getattr(model.config, "_attn_implementation", None) == attention.NAME
 
 
+def max_positions(model: Any) -> float:
+    """The longest prompt and completion, in tokens, that the model's positions are made for; infinite where its config
+    does not say so in one number (none, or positions that are scaled).
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
+    # Of llama3's scaling the config has the result.
+    scaled = any(kind.get("rope_type") not in ("default", "llama3") for kind in kinds)
+    limit = getattr(config, "max_position_embeddings", None)
+    return math.inf if scaled or not limit else limit
+
+
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a folder that ``AutoModelForCausalLM.from_pretrained`` loads. Complete or not there at all: it is written
     beside ``folder`` and put in its place at the end. An adapter is merged, and also written to ``adapter``
     within.
+
+    Raises:
+        OSError: the disk is full, say.
     """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         fresh = Path(scratch) / folder.name
-        if has_adapter(model):
-            model.get_base_model().save_pretrained(fresh, state_dict=dict(checkpoint_state(model)))
-            model.save_pretrained(fresh / "adapter")
-        else:
-            model.save_pretrained(fresh)
+        try:
+            if has_adapter(model):
+                model.get_base_model().save_pretrained(fresh, state_dict=dict(checkpoint_state(model)))
+                model.save_pretrained(fresh / "adapter")
+            else:
+                model.save_pretrained(fresh)
+        except SafetensorError as error:  # which hides the system's own error in its text
+            raise OSError(str(error)) from error
         tokenizer.save_pretrained(fresh)
         old = Path(scratch) / "old"
         if folder.exists():

@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import math
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -65,11 +66,12 @@ def call(
         values = [result]
     if len(values) != 1:
         raise RewardError(f"returned {len(values)} values for one completion")
-    if values[0] is None:
-        raise RewardError("returned None")
-    value = float(values[0])
+    try:
+        value = math.nan if isinstance(values[0], (str, bytes)) else float(values[0])
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
     if not math.isfinite(value):
-        raise RewardError(f"returned {value}")
+        raise RewardError(f"returned {reprlib.repr(values[0])}, no finite number")
     return value
 
 

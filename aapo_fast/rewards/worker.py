@@ -9,7 +9,9 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from aapo_fast.config import RewardConfig
 from aapo_fast.rewards import functions
@@ -20,6 +22,8 @@ def main(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of having no time limit, which is the scorer's
     os.dup2(2, 1)  # what a reward function prints must not end up in the middle of the progress display's lines
+    with suppress(OSError):  # where a reward function fills the machine's memory, Linux ends this process first
+        Path("/proc/self/oom_score_adj").write_text("1000")
     pipe = Connection(descriptor)
     configs: list[RewardConfig] = pipe.recv()
     try:
@@ -28,6 +32,7 @@ def main(descriptor: int) -> None:
         pipe.send(f"{type(error).__name__}: {error}")
         return
     pipe.send(None)
+    worker = os.getpid()
     while True:
         try:
             request, index, prompt, completion, columns = pipe.recv()
@@ -43,6 +48,8 @@ def main(descriptor: int) -> None:
             answer = str(error)
         except BaseException as error:
             answer = f"raised {type(error).__name__}: {error}"
+        if os.getpid() != worker:  # a fork of the reward function's that came back here: one answer to one request
+            os._exit(0)
         pipe.send(answer)
 
 

@@ -116,7 +116,9 @@ class ReferenceCache:
         try:
             return self._db.execute(statement, values)
         except sqlite3.Error as error:  # a full disk, a lock held for longer than our patience
-            raise UserError(f"reference.cache={self._path} failed: {error}") from error
+            raise UserError(
+                f"reference.cache={self._path} failed: {error}; look at its disk, or name another file"
+            ) from error
 
     def _key(self, problem: Problem) -> str:
         content = json.dumps([self._common, list(problem.prompt_ids), problem.prompt, repr(dict(problem.columns))])

@@ -136,6 +136,12 @@ def read(path: Path) -> Checkpoint:
         wanted = files[name]
         if found != wanted:
             raise CheckpointError(f"{path}: {name} is not as {MANIFEST} has it: {found}, written as {wanted}")
+    for name in (MODEL, OPTIMIZER):
+        try:
+            with safe_open(path / name, framework="pt"):
+                pass
+        except SafetensorError as error:  # somebody else's, under our name: a pickle, say
+            raise CheckpointError(f"{path}: {name} is no safetensors file: {error}") from error
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
     if _name(state["step"]) != path.name:
         raise CheckpointError(f"{path} is the checkpoint of step {state['step']}; its folder was renamed")

@@ -21,7 +21,7 @@ from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.engine import max_logprob_gap
 from aapo_fast.trainer.evaluate import Evaluation
 from aapo_fast.trainer.ranks import ONE, AnyRank, Ranks
-from aapo_fast.trainer.records import MODEL, SUMMARY, Clock
+from aapo_fast.trainer.records import CURVE, MODEL, NONFINITE, SUMMARY, Clock
 from aapo_fast.trainer.report import Step, Totals, evaluate_held_out, report_step, summarise
 from aapo_fast.trainer.resume import finished_summary
 from aapo_fast.trainer.sampling import before_the_first_step, reference_rewards, score, verify_engine
@@ -79,7 +79,7 @@ def train(config: Config, display: Display | None = None, ranks: Ranks = ONE) ->
         summary = summarise(run, before, after, totals)
         run.folder.write(SUMMARY, summary)
         if totals.steps and ranks.first:
-            plot_run(run.folder.path)
+            _plot(run)
         if before is not None and after is not None:
             shown = run.problems.held_out[:4]
             columns = {"before": before.samples, "after": after.samples}
@@ -88,8 +88,22 @@ def train(config: Config, display: Display | None = None, ranks: Ranks = ONE) ->
 
 
 def _save(run: Run, totals: Totals) -> None:
-    if totals.steps and run.ranks.first:
-        save_model(run.policy.model, run.policy.tokenizer, run.folder.path / MODEL)
+    if not totals.steps or not run.ranks.first:
+        return
+    path = run.folder.path / MODEL
+    try:
+        save_model(run.policy.model, run.policy.tokenizer, path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}; make room, and give the command again with --resume"
+        ) from error
+
+
+def _plot(run: Run) -> None:
+    try:
+        plot_run(run.folder.path)
+    except OSError as error:  # everything else is there
+        run.display.note(f"{run.folder.path / CURVE} cannot be written: {error.strerror or error}")
 
 
 def _steps(run: Run, totals: Totals, rollouts: Rollouts, stop: threading.Event) -> Iterator[int]:
@@ -190,7 +204,8 @@ def _count_nonfinite(run: Run, finite: bool, totals: Totals) -> None:
     if totals.nonfinite_in_a_row >= limit:
         raise UserError(
             f"step {totals.steps}: loss or gradient was NaN or infinite {limit} steps in a row "
-            "(train.max_nonfinite_steps); lower train.learning_rate, or train in float32"
+            f"(train.max_nonfinite_steps); their completions are in {run.folder.path / NONFINITE}; lower "
+            "train.learning_rate, or train in float32"
         )
 
 

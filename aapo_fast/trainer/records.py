@@ -1,4 +1,6 @@
-"""What a run leaves behind: config, metrics, evaluations and samples as JSON lines, a summary."""
+"""What a run leaves behind: config; metrics, evaluations, samples and what made a gradient non-finite as JSON lines; a
+summary.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,15 @@ from typing import Any
 
 from aapo_fast.types import UserError
 
-CONFIG, METRICS, EVALUATIONS, SAMPLES, SUMMARY = (
+CONFIG, METRICS, EVALUATIONS, SAMPLES, NONFINITE, SUMMARY = (
     "config.json",
     "metrics.jsonl",
     "evaluations.jsonl",
     "samples.jsonl",
+    "nonfinite.jsonl",
     "summary.json",
 )
+RECORDS = (METRICS, EVALUATIONS, SAMPLES, NONFINITE)
 CURVE, MODEL, CHECKPOINTS, LOCK = "curve.png", "model", "checkpoints", "lock"
 
 
@@ -61,7 +65,7 @@ class RunFolder:
             self._clear_unfinished()
             for events in path.glob("events.out.tfevents.*"):
                 events.unlink()
-            for name in (METRICS, EVALUATIONS, SAMPLES, SUMMARY, CURVE, CONFIG):
+            for name in (*RECORDS, SUMMARY, CURVE, CONFIG):
                 (path / name).unlink(missing_ok=True)
             (path / METRICS).touch()
         except OSError as error:
@@ -105,7 +109,7 @@ class RunFolder:
     def sizes(self) -> dict[str, int]:
         """Bytes of each file of records so far; they are on the disk when this returns."""
         sizes = {}
-        for name in (METRICS, EVALUATIONS, SAMPLES):
+        for name in RECORDS:
             if (self.path / name).exists():
                 with (self.path / name).open("rb") as file:
                     os.fsync(file.fileno())
@@ -117,9 +121,12 @@ class RunFolder:
         for name in (SUMMARY, CURVE):
             (self.path / name).unlink(missing_ok=True)
         self._clear_unfinished()
-        for name in (METRICS, EVALUATIONS, SAMPLES):
+        for name in RECORDS:
             path = self.path / name
-            kept = (path.read_bytes() if path.exists() else b"")[: sizes.get(name, 0)]
+            if name not in sizes:
+                path.unlink(missing_ok=True)
+                continue
+            kept = (path.read_bytes() if path.exists() else b"")[: sizes[name]]
             scratch = self.path / f".{name}"
             scratch.write_bytes(kept[: kept.rfind(b"\n") + 1])
             os.replace(scratch, path)

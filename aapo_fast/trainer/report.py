@@ -15,7 +15,7 @@ import torch
 
 from aapo_fast.advantages import aapo_advantages
 from aapo_fast.trainer.evaluate import Evaluation, evaluate
-from aapo_fast.trainer.records import EVALUATIONS, METRICS, MODEL, SAMPLES
+from aapo_fast.trainer.records import EVALUATIONS, METRICS, MODEL, NONFINITE, SAMPLES
 from aapo_fast.trainer.setup import Run
 from aapo_fast.trainer.step import StepResult
 from aapo_fast.types import Group
@@ -49,11 +49,16 @@ class Step:
 
 
 def report_step(run: Run, step: Step) -> None:
-    """Write the step's record and a few of its samples, and print its line."""
+    """Write the step's record and a few of its samples (all of them, apart, if its gradient was not finite), and print
+    its line.
+    """
     record = _record(step, run.engine.metrics(), _peak_memory_bytes(run.policy.device))
     run.folder.append(METRICS, record)
     for line in _samples(step, run.config.run.samples_kept):
         run.folder.append(SAMPLES, line)
+    if not step.result.finite:
+        for line, tokens in zip(_samples(step), _tokens(step), strict=True):
+            run.folder.append(NONFINITE, line | tokens)
     run.display.step(record, run.config.train.steps)
     if step.result.ran_out_of_memory:
         run.display.note(
@@ -180,11 +185,10 @@ def _record(step: Step, engine: Mapping[str, float], peak_memory_bytes: int) -> 
     }
 
 
-def _samples(step: Step, count: int) -> Iterator[dict[str, Any]]:
-    """The first sample of every group, then the second, ...; ``count`` in all."""
+def _samples(step: Step, count: int | None = None) -> Iterator[dict[str, Any]]:
+    """The first sample of every group, then the second, ...; ``count`` in all, or all."""
     size = len(step.groups[0].samples)
-    places = [(group, index) for index in range(size) for group in range(len(step.groups))]
-    for place, index in places[:count]:
+    for place, index in _places(step)[:count]:
         group = step.groups[place]
         sample = group.samples[index]
         yield {
@@ -196,6 +200,22 @@ def _samples(step: Step, count: int) -> Iterator[dict[str, Any]]:
             "finish_reason": sample.finish_reason,
             "weight_version": sample.weight_version,
         }
+
+
+def _tokens(step: Step) -> Iterator[dict[str, Any]]:
+    """What a gradient can be computed from again, in the order of ``_samples``."""
+    for place, index in _places(step):
+        sample = step.groups[place].samples[index]
+        yield {
+            "row": step.groups[place].problem.row,
+            "prompt_ids": sample.prompt_ids,
+            "token_ids": sample.token_ids,
+            "logprobs": sample.logprobs,
+        }
+
+
+def _places(step: Step) -> list[tuple[int, int]]:
+    return [(group, index) for index in range(len(step.groups[0].samples)) for group in range(len(step.groups))]
 
 
 def _mean(values: Sequence[float]) -> float:

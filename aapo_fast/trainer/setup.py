@@ -12,7 +12,7 @@ import torch
 
 from aapo_fast.config import Config, ConfigError, to_dict
 from aapo_fast.data.tasks import Problems, load_problems, order
-from aapo_fast.models.load import cache_folder, model_source
+from aapo_fast.models.load import cache_folder, max_positions, model_source
 from aapo_fast.rewards.scorer import Scorer
 from aapo_fast.rollout.reference import ReferenceCache
 from aapo_fast.trainer.background import Background
@@ -25,7 +25,7 @@ from aapo_fast.trainer.records import CONFIG, RunFolder, only_process
 from aapo_fast.trainer.resume import check_identity, check_same_on_all, find_checkpoint, identify
 from aapo_fast.trainer.shared import SharedCache, share_cache, share_engine, share_folder, share_policy, share_scorer
 from aapo_fast.trainer.step import make_optimizer
-from aapo_fast.types import Problem, RolloutEngine, SamplingParams
+from aapo_fast.types import DataError, Problem, RolloutEngine, SamplingParams
 
 
 @dataclass
@@ -88,6 +88,10 @@ def prepare(config: Config, display: Display, ranks: Ranks = ONE) -> Iterator[Ru
                 "its layers do not allow packing with shared prompts"
             )
         problems = load_problems(config.data, policy.tokenizer, config.run.seed)
+        check_lengths(problems, max_positions(policy.model), config.rollout.max_tokens)
+        schedule = make_schedule(config, problems.train)
+        if (draws := sum(map(len, schedule))) > (few := len(problems.train)):
+            display.note(f"{few} training problems for {draws} draws: gone through {draws / few:.3g} times, reshuffled")
         with display.progress("checking answers") as progress:
             scorer.check([*problems.held_out, *problems.train], progress)
         identity = identify(policy.fingerprint(), problems, scorer.version())
@@ -112,13 +116,23 @@ def prepare(config: Config, display: Display, ranks: Ranks = ONE) -> Iterator[Ru
             engine=engine,
             scorer=scorer,
             problems=problems,
-            schedule=make_schedule(config, problems.train),
+            schedule=schedule,
             sampling=sampling,
             optimizer=make_optimizer(shared, config.train),
             cache=cache,
             identity=identity,
             resumed=resumed,
             background=background,
+        )
+
+
+def check_lengths(problems: Problems, limit: float, max_tokens: int) -> None:
+    """Raises DataError if the longest prompt and a completion are more tokens than the model has positions."""
+    longest = max((*problems.train, *problems.held_out), key=lambda problem: len(problem.prompt_ids))
+    if len(longest.prompt_ids) + max_tokens > limit:
+        raise DataError(
+            f"{longest.row} makes a prompt of {len(longest.prompt_ids)} tokens: with rollout.max_tokens={max_tokens} "
+            f"that is beyond the model's {limit} positions; lower rollout.max_tokens, or leave out such rows"
         )
 
 

@@ -1,6 +1,7 @@
 """Reward functions in their worker: the built-in ones, and every way in which one can fail."""
 
 import math
+import signal
 import time
 from pathlib import Path
 
@@ -41,11 +42,7 @@ def test_extraction():
     ("function", "failure"),
     [
         ("sometimes_raises", "raised KeyError: 'no such thing'"),
-        ("always_raises", "raised RuntimeError: broken grader"),
-        ("gives_nan", "returned nan"),
-        ("gives_none", "returned None"),
-        ("gives_three", "returned 3 values for one completion"),
-        ("gives_text", "raised ValueError: could not convert string to float: 'good'"),
+        ("fills_its_memory", "raised MemoryError: "),
         ("ends_the_process", "ended its process (exit code 7)"),
     ],
 )
@@ -55,8 +52,60 @@ def test_a_failure_is_a_missing_reward_and_the_next_one_is_scored(function, fail
         score = s.score(support.problem(), "bad")
         assert math.isnan(score.reward) and score.values[0] == 0.5 and math.isnan(score.values[1])
         assert score.failure == f"reward {name} {failure}"
-        if function in ("sometimes_raises", "ends_the_process"):
-            assert s.score(support.problem(), "good").reward == 1.5
+        assert s.score(support.problem(), "good").reward == 1.5
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGTERM])
+def test_a_reward_that_dies_by_a_signal_is_missing_and_the_next_one_is_scored(number):
+    """SIGKILL is also how the system ends a process for the memory that it takes."""
+    with scorer("reward_functions:dies_by") as s:
+        score = s.score(support.problem(number=int(number)), "bad")
+        assert math.isnan(score.reward)
+        assert score.failure == f"reward reward_functions:dies_by ended its process (exit code {-number})"
+        assert s.score(support.problem(number=int(number)), "good").reward == 1.0
+
+
+@pytest.mark.parametrize(
+    ("value", "failure"),
+    [
+        ("[math.nan]", "returned nan, no finite number"),
+        ("[math.inf]", "returned inf, no finite number"),
+        ("[-math.inf]", "returned -inf, no finite number"),
+        ("[None]", "returned None, no finite number"),
+        ("['good']", "returned 'good', no finite number"),
+        ("['5']", "returned '5', no finite number"),
+        ("[b'5']", "returned b'5', no finite number"),
+        ("[1j]", "returned 1j, no finite number"),
+        ("[[1.0]]", "returned [1.0], no finite number"),
+        ("[{'score': 1.0}]", "returned {'score': 1.0}, no finite number"),
+        ("None", "returned None, no finite number"),
+        ("'5'", "returned '5', no finite number"),
+        ("[10**400]", "no finite number"),
+        ("[]", "returned 0 values for one completion"),
+        ("[1.0, 2.0, 3.0]", "returned 3 values for one completion"),
+        ("{'a': 1.0, 'b': 2.0}", "returned 2 values for one completion"),
+        ("1 / 0", "raised ZeroDivisionError: division by zero"),
+        ("__import__('sys').exit(3)", "raised SystemExit: 3"),
+    ],
+)
+def test_what_is_not_one_finite_number_is_a_missing_reward(value, failure):
+    with scorer("reward_functions:gives_what_it_is_told") as s:
+        score = s.score(support.problem(value=value), "x")
+        assert math.isnan(score.reward) and failure in score.failure
+        assert s.score(support.problem(value="0.25"), "x").reward == 0.25
+
+
+def test_a_reward_that_forks_and_returns_twice_answers_once():
+    """The child's answer would be taken for that of the next completion, and so on for ever."""
+    with scorer("reward_functions:forks_and_both_return") as s:
+        assert [s.score(support.problem(), "x" * n).reward for n in range(1, 6)] == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_memory_that_runs_out_takes_the_reward_process_first():
+    with scorer("reward_functions:number") as s:
+        s.score(support.problem(), "x")
+        worker, trainer = (Path(f"/proc/{pid}/oom_score_adj").read_text() for pid in (s._process.pid, "self"))
+        assert int(worker) == 1000 > int(trainer)
 
 
 def test_a_hanging_reward_ends_at_its_time_limit_and_the_next_one_is_scored():
@@ -73,16 +122,27 @@ def test_a_hanging_reward_ends_at_its_time_limit_and_the_next_one_is_scored():
 def test_a_hanging_rewards_own_processes_end_with_it(tmp_path):
     with scorer("reward_functions:starts_a_process_and_hangs", limit=0.5) as s:
         s.score(support.problem(file=str(tmp_path / "pid")), "x")
+        assert_dead(int((tmp_path / "pid").read_text()))
+
+
+def test_processes_that_a_reward_left_behind_end_with_the_run(tmp_path):
+    with scorer("reward_functions:leaves_a_process_behind") as s:
+        assert s.score(support.problem(file=str(tmp_path / "pid")), "x").reward == 1.0
         pid = int((tmp_path / "pid").read_text())
-        for _ in range(100):
-            try:
-                state = Path(f"/proc/{pid}/stat").read_text().split()[2]
-            except FileNotFoundError:
-                return
-            if state == "Z":  # dead, and waiting for a parent that does not collect
-                return
-            time.sleep(0.02)
-        pytest.fail("the reward's child is alive")
+        assert Path(f"/proc/{pid}").exists()
+    assert_dead(pid)
+
+
+def assert_dead(pid):
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().split()[2]
+        except FileNotFoundError:
+            return
+        if state == "Z":  # dead, and waiting for a parent that does not collect
+            return
+        time.sleep(0.02)
+    pytest.fail("the reward's child is alive")
 
 
 def test_a_row_that_cannot_be_handed_over_is_a_missing_reward():

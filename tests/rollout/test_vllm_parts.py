@@ -130,6 +130,9 @@ def answering(monkeypatch):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):  # the standard library's name
             body = answers.get(self.path)
+            if isinstance(body, int):
+                self.send_error(body)
+                return
             self.send_response(404 if body is None else 200)
             self.end_headers()
             self.wfile.write((body or "").encode())
@@ -189,6 +192,18 @@ def test_answers_that_are_not_whole(answering, choices, error, message):
     with pytest.raises(error, match=message) as caught:
         complete(url)
     assert type(caught.value) is error  # an aborted request is drawn again, one that nobody can answer is not
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [*((status, ServerError) for status in (429, 500, 502, 503)), *((s, RequestError) for s in (400, 413, 422))],
+)
+def test_servers_that_refuse(answering, status, error):
+    answers, url = answering
+    answers["/v1/completions"] = status
+    with pytest.raises(error, match=f"/v1/completions answered {status}") as caught:
+        complete(url)
+    assert type(caught.value) is error  # the one is asked of another server, the other ends the run
 
 
 def test_the_guard_lets_in_who_has_the_key(monkeypatch):

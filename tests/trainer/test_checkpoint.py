@@ -5,6 +5,7 @@ import math
 import random
 import resource
 import shutil
+from pathlib import Path
 
 import pytest
 import support
@@ -199,6 +200,37 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, crashed, harm, message):
     harm(folder_of(tmp_path, 4))
     _, said = run(crashed, run={"resume": True})
     assert message in said and "resuming after step 2 of 6" in said
+
+
+class Bomb:
+    """A pickle of it makes a file when it is loaded."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "optimizer.pt"])
+def test_code_in_a_checkpoint_does_not_run(tmp_path, crashed, weights_alone, name):
+    """A pickle in the place of tensors or beside them, with a manifest that vouches for it."""
+    path = folder_of(tmp_path, 4)
+    torch.save({"lm_head.weight": Bomb(tmp_path / "ran")}, path / name)
+    rewrite(path / "manifest.json", lambda m: m["files"].update({name: checkpoint._seal(path / name)}))
+    _, said = run(crashed, run={"resume": True})
+    if name.endswith(".safetensors"):
+        assert f"not resumed: {path}: {name} is no safetensors file" in said and "resuming after step 2 of 6" in said
+    assert not (tmp_path / "ran").exists() and weights(tmp_path) == weights_alone
+
+
+def test_code_in_a_model_does_not_run(tmp_path, tiny_model):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Bomb(tmp_path / "ran")}, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"model.path='.*' cannot be loaded: its weights are a pickle .*safetensors"):
+        run(make_tree(tmp_path, tmp_path / "model"))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_renamed_one_is_refused(tmp_path, crashed):

@@ -142,6 +142,16 @@ def test_a_nonfinite_gradient_is_skipped_on_all_ranks():
         assert relative(ours, truth) < ROUNDING
 
 
+@pytest.mark.parametrize("channel", [0, -1])
+def test_a_gradient_that_is_infinite_in_the_shard_of_one_rank_is_skipped_by_all(channel):
+    """The loss is finite, and so is all that the other rank holds of the gradient."""
+    policy = {"explodes_in": channel, "dtype": "float32"}
+    [(start, _)] = results(1, ranks_support.trained, [], policy)
+    for weights, [said] in results(2, ranks_support.trained, [make_samples()], policy):
+        assert math.isfinite(said.loss) and math.isinf(said.grad_norm)
+        assert not said.finite and not said.updated and torch.equal(weights, start)
+
+
 def test_sparse_rows_are_another_sample_and_right_on_average():
     """Rows are numbered within a microbatch, and these are cut otherwise by two ranks: another draw, unbiased too."""
     policy, sparse = {}, {"backward": "sparse", "sparsity_threshold": 2**-3}

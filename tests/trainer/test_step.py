@@ -13,6 +13,7 @@ from aapo_fast.config import LossConfig, TrainConfig
 from aapo_fast.data.packing import Weighted
 from aapo_fast.models import attention
 from aapo_fast.trainer.policy import Policy
+from aapo_fast.trainer.ranks import Ranks
 from aapo_fast.trainer.step import learning_rate, make_optimizer, optimizer_step
 from aapo_fast.types import UserError
 
@@ -100,6 +101,16 @@ def test_one_completion_that_does_not_fit_is_an_error_with_the_remedy(monkeypatc
     with pytest.raises(UserError, match=r"out of memory, with one completion at a time \(the longest has 13 tokens"):
         optimizer_step(policy, optimizer, make_samples(), CONFIG, 1e-3)
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, policy.model.parameters(), strict=True))
+
+
+def test_ranks_whose_memory_runs_out_say_what_to_lower(monkeypatch):
+    """Their passes go together, so that none can begin anew alone."""
+    policy = make_policy()
+    policy.ranks = Ranks(0, 2)
+    full_memory(policy, monkeypatch, 5)
+    with pytest.raises(UserError, match="with 2 ranks a step is not begun anew: lower train.max_microbatch_tokens="):
+        optimizer_step(policy, make_optimizer(policy, CONFIG), make_samples(), CONFIG, 1e-3)
+    assert all(p.grad is None for p in policy.model.parameters())
 
 
 def test_shared_prompts_are_in_the_figures():
