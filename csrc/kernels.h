@@ -80,9 +80,12 @@ struct Kernels {
   void (*gradient)(const Block &, const Wanted &, int64_t begin, int64_t end);
   // Both, for coefficients known beforehand.
   void (*both_sweeps)(const Block &, const float *on_logp, const Partials &, int64_t begin, int64_t end);
-  // Sparse gradient entries of each row; their number to counts[c], and its mean over the uniforms.
+  // Of each row at least how many entries it has, in the mean over the uniforms.
+  void (*count_at_least)(const Block &, const Wanted &, const Tiles &, const Sample &, double *entries, int64_t begin,
+                         int64_t end);
+  // Sparse gradient entries of each row, and their number.
   void (*sample)(const Block &, const Wanted &, const Tiles &, const Sample &, const Found &, int64_t *counts,
-                 double *expected, int64_t begin, int64_t end);
+                 int64_t begin, int64_t end);
   void (*add_gathered)(const Gather &, int64_t begin, int64_t end);
   void (*exp)(const float *x, float *out, int64_t begin, int64_t end);
 };

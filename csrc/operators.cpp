@@ -58,10 +58,21 @@ void both_sweeps(const Tensor &products, const Tensor &targets, const Tensor &te
 
 // --- operators: sparse rows ------------------------------------------------------------------------------------------
 
+void count_at_least(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
+                    std::optional<double> softcap, const Tensor &wanted, const Tensor &tiles, const Tensor &uniforms,
+                    double threshold, const Tensor &entries, int64_t level) {
+  const Kernels &k = kernels(level);
+  const Block block = block_of(products, targets, temperature, scale, softcap);
+  const Wanted w = wanted_of(wanted, block);
+  const Tiles kept = tiles_of(tiles, block);
+  const Sample sample = sample_of(uniforms, threshold, block);
+  double *to = vector_of<double>(entries, block.num_rows, "entries");
+  over_rows(block, [&](int64_t begin, int64_t end) { k.count_at_least(block, w, kept, sample, to, begin, end); });
+}
+
 void sample_entries(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
                     std::optional<double> softcap, const Tensor &wanted, const Tensor &tiles, const Tensor &uniforms,
-                    double threshold, const Tensor &column, const Tensor &value, const Tensor &counts,
-                    const Tensor &expected, int64_t level) {
+                    double threshold, const Tensor &column, const Tensor &value, const Tensor &counts, int64_t level) {
   const Kernels &k = kernels(level);
   const Block block = block_of(products, targets, temperature, scale, softcap);
   const Wanted w = wanted_of(wanted, block);
@@ -69,8 +80,7 @@ void sample_entries(const Tensor &products, const Tensor &targets, const Tensor 
   const Sample sample = sample_of(uniforms, threshold, block);
   const Found found = found_of(column, value, block.num_rows);
   int64_t *to = vector_of<int64_t>(counts, block.num_rows, "counts");
-  double *mean = vector_of<double>(expected, block.num_rows, "expected");
-  over_rows(block, [&](int64_t begin, int64_t end) { k.sample(block, w, kept, sample, found, to, mean, begin, end); });
+  over_rows(block, [&](int64_t begin, int64_t end) { k.sample(block, w, kept, sample, found, to, begin, end); });
 }
 
 void pack_entries(const Tensor &found_column, const Tensor &found_value, const Tensor &starts, const Tensor &row,
@@ -172,8 +182,9 @@ STABLE_TORCH_LIBRARY(aapo_fast_native, m) {
   m.def("statistics(Tensor(a!) products, " AAPO_BLOCK ", Tensor(b!) partials, Tensor(c!)? tiles, int level) -> ()");
   m.def("gradient(Tensor(a!) products, " AAPO_BLOCK ", Tensor wanted, int level) -> ()");
   m.def("both_sweeps(Tensor(a!) products, " AAPO_BLOCK ", Tensor on_logp, Tensor(b!) partials, int level) -> ()");
+  m.def("count_at_least(Tensor products, " AAPO_BLOCK ", " AAPO_SAMPLE ", Tensor(a!) entries, int level) -> ()");
   m.def("sample_entries(Tensor products, " AAPO_BLOCK ", " AAPO_SAMPLE
-        ", Tensor(a!) column, Tensor(b!) value, Tensor(c!) counts, Tensor(d!) expected, int level) -> ()");
+        ", Tensor(a!) column, Tensor(b!) value, Tensor(c!) counts, int level) -> ()");
   m.def("pack_entries(Tensor found_column, Tensor found_value, Tensor starts, Tensor(a!) row, Tensor(b!) column, "
         "Tensor(c!) value) -> ()");
   m.def("add_times_weight(Tensor row, Tensor column, Tensor value, Tensor weight, Tensor(a!) out, int level) -> ()");
@@ -188,6 +199,7 @@ STABLE_TORCH_LIBRARY_IMPL(aapo_fast_native, CPU, m) {
   m.impl("statistics", TORCH_BOX(&aapo_fast::statistics));
   m.impl("gradient", TORCH_BOX(&aapo_fast::gradient));
   m.impl("both_sweeps", TORCH_BOX(&aapo_fast::both_sweeps));
+  m.impl("count_at_least", TORCH_BOX(&aapo_fast::count_at_least));
   m.impl("sample_entries", TORCH_BOX(&aapo_fast::sample_entries));
   m.impl("pack_entries", TORCH_BOX(&aapo_fast::pack_entries));
   m.impl("add_times_weight", TORCH_BOX(&aapo_fast::add_times_weight));

@@ -15,6 +15,7 @@ namespace {
 // 2^40 V, and the sum of a tile below 2^46.
 constexpr int FRACTION = 40;
 constexpr int64_t ONE = int64_t(1) << FRACTION;
+constexpr double LONGEST = 2.0 * TILE * ONE; // no tile's dust is as long
 constexpr int64_t TILES_A_PANEL = PANEL / TILE;
 constexpr int64_t STRETCH = 64 * TILES_A_PANEL; // tiles that are listed together
 constexpr int64_t AHEAD = 4;                    // tiles that are fetched before they are opened
@@ -45,16 +46,22 @@ struct Walk {
   const RowGradient wanted;
   const float threshold;
   const double units; // what a probability of one counts
-  const int64_t start;
-  int64_t stands, num_exact = 0;
+  int64_t stands;
   Writer writer;
 
   Walk(const Block &block, const Wanted &every, const Tiles &tiles, const Sample &sample, const Found &found,
        int64_t row)
       : x(block.products + row * block.stride), vocab(block.vocab), capped(block.softcap != 0), tiles(tiles.of(row)),
         transform(block, row), wanted(every, row), threshold(float(sample.threshold)), units(double(ONE) / threshold),
-        start(int64_t(double(sample.uniforms[row]) * double(ONE))), stands(start),
+        stands(int64_t(double(sample.uniforms[row]) * double(ONE))),
         writer{found.column + row * found.capacity, found.value + row * found.capacity, found.capacity} {}
+
+  int64_t num_tiles() const { return (vocab + TILE - 1) / TILE; }
+
+  // What one in the sums of sweep 1 is as a probability, in a panel.
+  float share(int64_t panel) const {
+    return exp(all(tiles.level[panel] - wanted.row_max))[0] * wanted.inverse;
+  }
 
   // Something depends on the row, and its statistics are neither NaN nor infinite.
   bool walkable() const {
@@ -115,26 +122,20 @@ inline void sample_tile(Walk &walk, int64_t tile, bool heavy, int64_t before, in
   OpenTile open(walk, tile, heavy);
   for (; open.exact != 0; open.exact &= open.exact - 1)
     open.p[__builtin_ctzll(open.exact)] = 0;
-  double sums[GROUPS], dust = 0;
+  double running[GROUPS + 1] = {0}; // where groups of entries begin and end
   for (int64_t group = 0; group < GROUPS; ++group)
-    dust += sums[group] = sum(load(open.p + group * WIDTH));
-  const double dust_a_unit = dust / double(length);
-  const int64_t end = whole(before + length);
+    running[group + 1] = running[group] + sum(load(open.p + group * WIDTH));
   int64_t after = -1; // the entry of the last step
-  for (int64_t step = whole(before) + 1; step <= end; ++step) {
-    const double until = double(step * ONE - before) * dust_a_unit;
-    // The group and then the entry with which the sum gets there, without a branch that nobody could predict.
-    double running = 0, ahead = sums[0];
+  for (int64_t step = whole(before) + 1; step <= whole(before + length); ++step) {
+    const double until = double(step * ONE - before) / double(length) * running[GROUPS];
+    // The group, and then the entry, with which the sum gets there: by counting, since no branch could be predicted.
     int64_t group = 0;
-    for (int64_t next = 1; next < GROUPS; ++next) {
-      const bool passed = ahead < until;
-      group += passed;
-      running = passed ? ahead : running;
-      ahead += sums[next];
-    }
+    for (int64_t next = 1; next < GROUPS; ++next)
+      group += running[next] < until;
+    double sum = running[group];
     int64_t i = group * WIDTH;
     for (int64_t lane = 0; lane < WIDTH; ++lane)
-      i += (running += open.p[group * WIDTH + lane]) < until;
+      i += (sum += open.p[group * WIDTH + lane]) < until;
     i = least(i, TILE - 1);
     while (i > 0 && open.p[i] <= 0)
       --i;
@@ -158,15 +159,16 @@ struct Stretch {
   // Lengths of light tiles, and which are heavy.
   void measure() {
     for (int64_t panel = first; panel < end; panel += TILES_A_PANEL) {
-      const float above = walk.tiles.level[panel / TILES_A_PANEL] - walk.wanted.row_max;
-      const float share = exp(all(above))[0] * walk.wanted.inverse;
+      const float share = walk.share(panel / TILES_A_PANEL);
       const double units = share * walk.units;
       const Floats reaches = all(walk.threshold / share);
       const int64_t stop = least(panel + TILES_A_PANEL, end);
       for (int64_t tile = panel; tile < stop; tile += WIDTH) {
         const int64_t n = least(WIDTH, stop - tile), at = tile - first;
-        for (int64_t i = 0; i < n; ++i)
-          length[at + i] = int64_t(walk.tiles.mass[tile + i] * units);
+        for (int64_t i = 0; i < n; ++i) {
+          const double dust = walk.tiles.mass[tile + i] * units;
+          length[at + i] = int64_t(dust < LONGEST ? dust : LONGEST); // heavy tiles are measured when they are open
+        }
         heavy[at / 64] |= uint64_t(lanes_of((Bits)(load(walk.tiles.peak + tile, n) >= reaches))) << at % 64;
       }
     }
@@ -179,7 +181,6 @@ struct Stretch {
       for (uint64_t exact = open.exact; exact != 0; exact &= exact - 1) {
         const int64_t at = __builtin_ctzll(exact);
         walk.writer.write(tile * TILE + at, open.p[at]);
-        ++walk.num_exact;
       }
       length[tile - first] = int64_t(double(open.dust) * walk.units);
     });
@@ -236,10 +237,10 @@ template <bool CAPPED> void to_gradient(const Walk &walk) {
   }
 }
 
-inline void sample_row(Walk &walk, int64_t *count, double *expected) {
-  const int64_t num_tiles = (walk.vocab + TILE - 1) / TILE;
-  for (int64_t first = 0; walk.walkable() && first < num_tiles; first += STRETCH) {
-    Stretch stretch(walk, first, least(first + STRETCH, num_tiles));
+// Entries and their number.
+inline int64_t sample_row(Walk &walk) {
+  for (int64_t first = 0; walk.walkable() && first < walk.num_tiles(); first += STRETCH) {
+    Stretch stretch(walk, first, least(first + STRETCH, walk.num_tiles()));
     stretch.measure();
     stretch.keep_exact();
     stretch.keep_sample();
@@ -248,8 +249,27 @@ inline void sample_row(Walk &walk, int64_t *count, double *expected) {
     to_gradient<true>(walk);
   else
     to_gradient<false>(walk);
-  *count = walk.writer.count;
-  *expected = double(walk.num_exact) + double(walk.stands - walk.start) / double(ONE);
+  return walk.writer.count;
+}
+
+// A lower bound of the mean number of entries over the uniforms, from what sweep 1 kept: the dust of light tiles over
+// eps, and of a heavy tile its sum over its largest. (An entry p counts min(1, p / eps); of all tiles with that sum and
+// that largest entry, the one whose other entries are as large or zero counts least.)
+inline double at_least(const Walk &walk) {
+  double total = 0;
+  for (int64_t panel = 0; walk.walkable() && panel < walk.num_tiles(); panel += TILES_A_PANEL) {
+    const float share = walk.share(panel / TILES_A_PANEL);
+    const Floats reaches = all(walk.threshold / share);
+    Floats entries{};
+    const int64_t stop = least(panel + TILES_A_PANEL, walk.num_tiles());
+    for (int64_t tile = panel; tile < stop; tile += WIDTH) {
+      const int64_t n = least(WIDTH, stop - tile);
+      const Floats mass = load(walk.tiles.mass + tile, n), peak = load(walk.tiles.peak + tile, n);
+      entries += mass / (peak >= reaches ? peak : reaches);
+    }
+    total += sum(entries);
+  }
+  return total;
 }
 
 } // namespace
