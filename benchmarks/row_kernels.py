@@ -8,7 +8,7 @@ Floors are PyTorch's own loops over the same data, and the larger of the two cou
 - arithmetic: as many exponentials as the kernel needs over an array that stays in a cache, by `torch.exp` or by our own
   exp, whichever is quicker. The sweeps compute one a logit each, both sweeps in one launch two.
 Of sparse rows: reading the tile sums, then gathering the tiles that hold an entry, with one exponential for each of
-their numbers, for counting and once more for emitting. Of sparse products: a dot product of as many numbers as there
+their numbers. Of sparse products: a dot product of as many numbers as there
 are multiply-adds, from the second cache (two reads each, as the kernel's source row and sum).
 """
 
@@ -101,13 +101,13 @@ class Kernels:
 
     def round(self) -> dict[str, float]:
         c = self.chunk
-        seconds = dict.fromkeys(("sweep 1", "sweep 1, keeping tiles", "sparse: count and emit", "sweep 2"), 0.0)
+        seconds = dict.fromkeys(("sweep 1", "sweep 1, keeping tiles", "sparse: sample", "sweep 2"), 0.0)
         c.logits.copy_(c.products)
         seconds["sweep 1"] = timed(lambda: [c.sweep_1(block, keep=False) for block in c.blocks])
         c.logits.copy_(c.products)
         for block, stats in zip(c.blocks, c.stats, strict=True):
             seconds["sweep 1, keeping tiles"] += timed(lambda b=block: c.sweep_1(b))
-            seconds["sparse: count and emit"] += timed(lambda b=block, s=stats: c.sample(b, s))
+            seconds["sparse: sample"] += timed(lambda b=block, s=stats: c.sample(b, s))
         c.logits.copy_(c.products)
         for block, stats in zip(c.blocks, c.stats, strict=True):
             c.sweep_1(block)
@@ -179,7 +179,7 @@ def floor_of(kernel: str, floor: dict[str, float]) -> float:
         "sweep 1, keeping tiles": max(floor["read"], floor["exponentials"]),
         "sweep 2": max(floor["read and write"], floor["exponentials"]),
         "both sweeps": max(floor["read and write"], 2 * floor["exponentials"]),
-        "sparse: count and emit": floor["tile sums"] + 2 * opened,
+        "sparse: sample": floor["tile sums"] + opened,
         "sparse dX": floor["multiply-adds"],
         "sparse dW": floor["multiply-adds"],
     }[kernel]

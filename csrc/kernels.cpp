@@ -26,20 +26,17 @@ void both_sweeps(const Block &block, const float *on_logp, const Partials &parti
   }
 }
 
-void count(const Block &block, const Wanted &wanted, const Tiles &tiles, const Sample &sample, int64_t *counts,
-           double *expected, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    Walk walk(block, wanted, tiles, sample, row);
-    count_row(walk, counts + row, expected + row);
-  }
+void count_at_least(const Block &block, const Wanted &wanted, const Tiles &tiles, const Sample &how, double *entries,
+                    int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row)
+    entries[row] = at_least(Walk(block, wanted, tiles, how, Found{}, row));
 }
 
-void emit(const Block &block, const Wanted &wanted, const Tiles &tiles, const Sample &sample, const int64_t *starts,
-          const Entries &entries, int64_t begin, int64_t end) {
+void sample(const Block &block, const Wanted &wanted, const Tiles &tiles, const Sample &how, const Found &found,
+            int64_t *counts, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    Walk walk(block, wanted, tiles, sample, row);
-    Writer writer{entries, int32_t(row), starts[row], starts[row + 1]};
-    emit_row(walk, writer);
+    Walk walk(block, wanted, tiles, how, found, row);
+    counts[row] = sample_row(walk);
   }
 }
 
@@ -66,6 +63,7 @@ void exp_of(const float *x, float *out, int64_t begin, int64_t end) {
 #define AAPO_JOIN(a, b) a##b
 #define AAPO_NAME(level) AAPO_JOIN(kernels_, level)
 extern const Kernels AAPO_NAME(AAPO_LEVEL);
-const Kernels AAPO_NAME(AAPO_LEVEL) = {statistics, gradient, both_sweeps, count, emit, add_gathered, exp_of};
+const Kernels AAPO_NAME(AAPO_LEVEL) = {statistics, gradient, both_sweeps, count_at_least,
+                                            sample,     add_gathered, exp_of};
 
 } // namespace aapo_fast

@@ -53,10 +53,11 @@ struct Sample {
   double threshold;
 };
 
-// (E,) sparse gradient entries, row by row; those of row c are [starts[c], starts[c + 1]).
-struct Entries {
-  int32_t *row, *column;
-  float *value;
+// Room for the sparse gradient entries of C rows.
+struct Found {
+  int32_t *column; // (C, capacity)
+  float *value;    // (C, capacity)
+  int64_t capacity;
 };
 
 enum class Type { FP32, BF16, FP16 };
@@ -79,11 +80,12 @@ struct Kernels {
   void (*gradient)(const Block &, const Wanted &, int64_t begin, int64_t end);
   // Both, for coefficients known beforehand.
   void (*both_sweeps)(const Block &, const float *on_logp, const Partials &, int64_t begin, int64_t end);
-  // Of each row the number of entries, to counts[c], and its mean over the uniforms.
-  void (*count)(const Block &, const Wanted &, const Tiles &, const Sample &, int64_t *counts, double *expected,
-                int64_t begin, int64_t end);
-  void (*emit)(const Block &, const Wanted &, const Tiles &, const Sample &, const int64_t *starts, const Entries &,
-               int64_t begin, int64_t end);
+  // Of each row at least how many entries it has, in the mean over the uniforms.
+  void (*count_at_least)(const Block &, const Wanted &, const Tiles &, const Sample &, double *entries, int64_t begin,
+                         int64_t end);
+  // Sparse gradient entries of each row, and their number.
+  void (*sample)(const Block &, const Wanted &, const Tiles &, const Sample &, const Found &, int64_t *counts,
+                 int64_t begin, int64_t end);
   void (*add_gathered)(const Gather &, int64_t begin, int64_t end);
   void (*exp)(const float *x, float *out, int64_t begin, int64_t end);
 };

@@ -100,6 +100,17 @@ Sample sample_of(const Tensor &uniforms, double threshold, const Block &block) {
   return {vector_of<float>(uniforms, block.num_rows, "uniforms"), threshold};
 }
 
+Found found_of(const Tensor &column, const Tensor &value, int64_t num_rows) {
+  check_type(column, ScalarType::Int, "column");
+  check_type(value, ScalarType::Float, "value");
+  STD_TORCH_CHECK(column.dim() == 2 && value.dim() == 2 && column.is_contiguous() && value.is_contiguous() &&
+                      column.size(0) >= num_rows && value.size(0) >= num_rows && column.size(1) == value.size(1),
+                  "aapo_fast_native: column and value must be contiguous matrices of one shape with room for ", num_rows,
+                  " rows");
+  return {static_cast<int32_t *>(column.mutable_data_ptr()), static_cast<float *>(value.mutable_data_ptr()),
+          column.size(1)};
+}
+
 Gather gather_of(const Tensor &source, const Tensor &out) {
   check_type(out, ScalarType::Float, "out");
   check_matrix(out, -1, "out");

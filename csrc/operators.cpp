@@ -19,7 +19,7 @@
 namespace aapo_fast {
 namespace {
 
-constexpr int64_t INTERFACE = 2;
+constexpr int64_t INTERFACE = 3;
 constexpr int64_t GRAIN = 1 << 15; // logits below which a second thread costs more than it brings
 
 // Calls work(begin, end) for parts of the rows, on PyTorch's threads.
@@ -58,35 +58,43 @@ void both_sweeps(const Tensor &products, const Tensor &targets, const Tensor &te
 
 // --- operators: sparse rows ------------------------------------------------------------------------------------------
 
-void count_entries(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
-                   std::optional<double> softcap, const Tensor &wanted, const Tensor &tiles, const Tensor &uniforms,
-                   double threshold, const Tensor &counts, const Tensor &expected, int64_t level) {
+void count_at_least(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
+                    std::optional<double> softcap, const Tensor &wanted, const Tensor &tiles, const Tensor &uniforms,
+                    double threshold, const Tensor &entries, int64_t level) {
   const Kernels &k = kernels(level);
   const Block block = block_of(products, targets, temperature, scale, softcap);
   const Wanted w = wanted_of(wanted, block);
   const Tiles kept = tiles_of(tiles, block);
   const Sample sample = sample_of(uniforms, threshold, block);
-  int64_t *to = vector_of<int64_t>(counts, block.num_rows, "counts");
-  double *mean = vector_of<double>(expected, block.num_rows, "expected");
-  over_rows(block, [&](int64_t begin, int64_t end) { k.count(block, w, kept, sample, to, mean, begin, end); });
+  double *to = vector_of<double>(entries, block.num_rows, "entries");
+  over_rows(block, [&](int64_t begin, int64_t end) { k.count_at_least(block, w, kept, sample, to, begin, end); });
 }
 
-void emit_entries(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
-                  std::optional<double> softcap, const Tensor &wanted, const Tensor &tiles, const Tensor &uniforms,
-                  double threshold, const Tensor &starts, const Tensor &row, const Tensor &column, const Tensor &value,
-                  int64_t level) {
+void sample_entries(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
+                    std::optional<double> softcap, const Tensor &wanted, const Tensor &tiles, const Tensor &uniforms,
+                    double threshold, const Tensor &column, const Tensor &value, const Tensor &counts, int64_t level) {
   const Kernels &k = kernels(level);
   const Block block = block_of(products, targets, temperature, scale, softcap);
   const Wanted w = wanted_of(wanted, block);
   const Tiles kept = tiles_of(tiles, block);
   const Sample sample = sample_of(uniforms, threshold, block);
-  const int64_t *slots = vector_of<int64_t>(starts, block.num_rows + 1, "starts");
-  const int64_t count = row.numel();
-  STD_TORCH_CHECK(slots[0] == 0 && slots[block.num_rows] == count && std::is_sorted(slots, slots + block.num_rows + 1),
-                  "aapo_fast_native: starts must ascend from 0 to the number of entries");
-  const Entries to{vector_of<int32_t>(row, count, "row"), vector_of<int32_t>(column, count, "column"),
-                   vector_of<float>(value, count, "value")};
-  over_rows(block, [&](int64_t begin, int64_t end) { k.emit(block, w, kept, sample, slots, to, begin, end); });
+  const Found found = found_of(column, value, block.num_rows);
+  int64_t *to = vector_of<int64_t>(counts, block.num_rows, "counts");
+  over_rows(block, [&](int64_t begin, int64_t end) { k.sample(block, w, kept, sample, found, to, begin, end); });
+}
+
+void pack_entries(const Tensor &found_column, const Tensor &found_value, const Tensor &starts, const Tensor &row,
+                  const Tensor &column, const Tensor &value) {
+  const int64_t num_rows = starts.numel() - 1, count = row.numel();
+  const Found found = found_of(found_column, found_value, num_rows);
+  const int64_t *slots = vector_of<int64_t>(starts, num_rows + 1, "starts");
+  bool fits = num_rows >= 0 && slots[0] == 0 && slots[num_rows] == count;
+  for (int64_t r = 0; fits && r < num_rows; ++r)
+    fits = slots[r] <= slots[r + 1] && slots[r + 1] - slots[r] <= found.capacity;
+  STD_TORCH_CHECK(fits, "aapo_fast_native: starts must ascend from 0 to the number of entries, and a row hold ",
+                  found.capacity, " at most");
+  pack(found.column, found.value, found.capacity, slots, num_rows, vector_of<int32_t>(row, count, "row"),
+       vector_of<int32_t>(column, count, "column"), vector_of<float>(value, count, "value"));
 }
 
 // --- operators: the sparse products ----------------------------------------------------------------------------------
@@ -174,10 +182,11 @@ STABLE_TORCH_LIBRARY(aapo_fast_native, m) {
   m.def("statistics(Tensor(a!) products, " AAPO_BLOCK ", Tensor(b!) partials, Tensor(c!)? tiles, int level) -> ()");
   m.def("gradient(Tensor(a!) products, " AAPO_BLOCK ", Tensor wanted, int level) -> ()");
   m.def("both_sweeps(Tensor(a!) products, " AAPO_BLOCK ", Tensor on_logp, Tensor(b!) partials, int level) -> ()");
-  m.def("count_entries(Tensor products, " AAPO_BLOCK ", " AAPO_SAMPLE
-        ", Tensor(a!) counts, Tensor(b!) expected, int level) -> ()");
-  m.def("emit_entries(Tensor products, " AAPO_BLOCK ", " AAPO_SAMPLE
-        ", Tensor starts, Tensor(a!) row, Tensor(b!) column, Tensor(c!) value, int level) -> ()");
+  m.def("count_at_least(Tensor products, " AAPO_BLOCK ", " AAPO_SAMPLE ", Tensor(a!) entries, int level) -> ()");
+  m.def("sample_entries(Tensor products, " AAPO_BLOCK ", " AAPO_SAMPLE
+        ", Tensor(a!) column, Tensor(b!) value, Tensor(c!) counts, int level) -> ()");
+  m.def("pack_entries(Tensor found_column, Tensor found_value, Tensor starts, Tensor(a!) row, Tensor(b!) column, "
+        "Tensor(c!) value) -> ()");
   m.def("add_times_weight(Tensor row, Tensor column, Tensor value, Tensor weight, Tensor(a!) out, int level) -> ()");
   m.def(
       "add_transposed_times(Tensor row, Tensor column, Tensor value, Tensor hidden, Tensor(a!) out, int level) -> ()");
@@ -190,8 +199,9 @@ STABLE_TORCH_LIBRARY_IMPL(aapo_fast_native, CPU, m) {
   m.impl("statistics", TORCH_BOX(&aapo_fast::statistics));
   m.impl("gradient", TORCH_BOX(&aapo_fast::gradient));
   m.impl("both_sweeps", TORCH_BOX(&aapo_fast::both_sweeps));
-  m.impl("count_entries", TORCH_BOX(&aapo_fast::count_entries));
-  m.impl("emit_entries", TORCH_BOX(&aapo_fast::emit_entries));
+  m.impl("count_at_least", TORCH_BOX(&aapo_fast::count_at_least));
+  m.impl("sample_entries", TORCH_BOX(&aapo_fast::sample_entries));
+  m.impl("pack_entries", TORCH_BOX(&aapo_fast::pack_entries));
   m.impl("add_times_weight", TORCH_BOX(&aapo_fast::add_times_weight));
   m.impl("add_transposed_times", TORCH_BOX(&aapo_fast::add_transposed_times));
   m.impl("exp", TORCH_BOX(&aapo_fast::exp));

@@ -1,8 +1,9 @@
 // Sparse gradient rows: entries p >= eps exactly, of the rest (dust) a systematic sample; ops/linear_policy/README.md.
 //
-// A row is walked twice, to count its entries and to emit them, and most of its tiles are not looked at: a tile is
-// opened where its largest entry reaches eps ("heavy"), or, to emit, where the running sum of dust / eps steps. Running
-// sums are in fixed point, so they are exact, the walks agree, and dust counts down to 2^-40 of a step.
+// A row is walked once, a stretch of tiles at a time, and most of its tiles are not looked at. First those whose largest
+// entry reaches eps ("heavy") are opened, for their exact entries and the sum of their dust. Then the running sum of
+// dust / eps is known at every tile's end, and tiles in which it steps are opened for the entries that it steps in. Both
+// are listed before the first is opened, so that they are on their way from memory meanwhile.
 #pragma once
 
 #include "sweeps.h"
@@ -10,195 +11,265 @@
 namespace aapo_fast {
 namespace {
 
-// Running sums count 2^-40ths. An entry of dust is shorter than one, so they stay below 2^40 V.
+// Running sums count 2^-40ths of a step, so they are exact. An entry of dust is shorter than a step: they stay below
+// 2^40 V, and the sum of a tile below 2^46.
 constexpr int FRACTION = 40;
 constexpr int64_t ONE = int64_t(1) << FRACTION;
+constexpr double LONGEST = 2.0 * TILE * ONE; // no tile's dust is as long
+constexpr int64_t TILES_A_PANEL = PANEL / TILE;
+constexpr int64_t STRETCH = 64 * TILES_A_PANEL; // tiles that are listed together
+constexpr int64_t AHEAD = 4;                    // tiles that are fetched before they are opened
 
 inline int64_t whole(int64_t stands) { return stands >> FRACTION; }
 
-// What the two walks share: one row, its tiles, and where the running sum stands.
+// Where the entries of a row go, and how many there are; never more than fit.
+struct Writer {
+  int32_t *column;
+  float *value;
+  int64_t capacity, count = 0;
+
+  void write(int64_t at, float p) {
+    if (count == capacity)
+      return;
+    column[count] = int32_t(at);
+    value[count++] = p;
+  }
+};
+
+// One row, and where its running sum stands.
 struct Walk {
-  const Block &block;
   const float *x;
+  const int64_t vocab;
+  const bool capped;
   const Tiles tiles;
   const RowTransform transform;
   const RowGradient wanted;
   const float threshold;
   const double units; // what a probability of one counts
-  int64_t start, stands;
-  bool walkable; // something depends on the row, and its statistics are neither NaN nor infinite
+  int64_t stands;
+  Writer writer;
 
-  Walk(const Block &block, const Wanted &every, const Tiles &tiles, const Sample &sample, int64_t row)
-      : block(block), x(block.products + row * block.stride), tiles(tiles.of(row)), transform(block, row),
-        wanted(every, row), threshold(float(sample.threshold)), units(double(ONE) / threshold) {
-    start = stands = int64_t(double(sample.uniforms[row]) * double(ONE));
+  Walk(const Block &block, const Wanted &every, const Tiles &tiles, const Sample &sample, const Found &found,
+       int64_t row)
+      : x(block.products + row * block.stride), vocab(block.vocab), capped(block.softcap != 0), tiles(tiles.of(row)),
+        transform(block, row), wanted(every, row), threshold(float(sample.threshold)), units(double(ONE) / threshold),
+        stands(int64_t(double(sample.uniforms[row]) * double(ONE))),
+        writer{found.column + row * found.capacity, found.value + row * found.capacity, found.capacity} {}
+
+  int64_t num_tiles() const { return (vocab + TILE - 1) / TILE; }
+
+  // What one in the sums of sweep 1 is as a probability, in a panel.
+  float share(int64_t panel) const {
+    return exp(all(tiles.level[panel] - wanted.row_max))[0] * wanted.inverse;
+  }
+
+  // Something depends on the row, and its statistics are neither NaN nor infinite.
+  bool walkable() const {
     const float size = wanted.row_max + wanted.inverse + 1.0f / wanted.inverse;
-    walkable = wanted.live() && size - size == 0;
+    return wanted.live() && size - size == 0;
   }
 
-  // Adds dust to the running sum; returns how many times it steps.
-  int64_t add(double p) {
-    const int64_t before = whole(stands);
-    stands += int64_t(p * units);
-    return whole(stands) - before;
-  }
-
-  // Calls visit(tile, mass, whether it is heavy) for every tile; mass as a probability.
-  template <class Visit> AAPO_INLINE void over_tiles(const Visit &visit) {
-    for (int64_t first = 0; walkable && first < block.vocab; first += PANEL) {
-      const double factor = __builtin_exp(double(tiles.level[first / PANEL]) - wanted.row_max) * wanted.inverse;
-      const int64_t end = (least(first + PANEL, block.vocab) + TILE - 1) / TILE;
-      for (int64_t tile = first / TILE; tile < end; ++tile) // what will be opened is on its way meanwhile
-        if (tiles.peak[tile] * factor >= threshold)
-          for (int64_t i = 0; i < TILE; i += 16)
-            __builtin_prefetch(x + tile * TILE + i);
-      for (int64_t tile = first / TILE; tile < end; ++tile)
-        visit(tile, tiles.mass[tile] * factor, tiles.peak[tile] * factor >= threshold);
-    }
+  void prefetch(int64_t tile) const {
+    for (int64_t i = 0; i < TILE; i += 16)
+      __builtin_prefetch(x + tile * TILE + i);
   }
 };
 
-// A tile's probabilities, zero beyond the vocabulary. Of those, entries from `exact_from` on are exact, the rest dust.
+// A tile's probabilities, zero beyond the vocabulary.
 struct OpenTile {
   alignas(64) float p[TILE];
-  float dust; // sum of the dust
-  int64_t num_exact;
+  uint64_t exact = 0; // bit i: the i-th reaches eps
+  float dust = 0;     // sum of the others
 
-  template <bool CAPPED> void read(const Walk &walk, int64_t first, float exact_from) {
-    const int64_t held = least(TILE, walk.block.vocab - first);
+  template <bool CAPPED, bool HEAVY> AAPO_INLINE void read(const Walk &walk, const float *x) {
     Floats sum_of_dust{};
-    Bits exact{};
     for (int64_t i = 0; i < TILE; i += WIDTH) {
-      if (i >= held) {
-        store(p + i, Floats{});
-        continue;
-      }
-      const int64_t n = least(WIDTH, held - i);
-      const Logits logits = walk.transform.of<CAPPED>(load(walk.x + first + i, n));
-      Floats v = logits.z - walk.wanted.row_max;
-      Floats q = exp_and_cut(v) * walk.wanted.inverse;
-      if (n < WIDTH)
-        q = first_lanes(q, n, 0);
-      const auto is_exact = q >= exact_from;
-      sum_of_dust += is_exact ? Floats{} : q;
-      exact -= (Bits)is_exact;
+      Floats shifted = walk.transform.of<CAPPED>(load(x + i)).z - walk.wanted.row_max;
+      const Floats q = exp_and_cut(shifted) * walk.wanted.inverse;
       store(p + i, q);
+      if constexpr (HEAVY) {
+        const auto is_exact = q >= walk.threshold;
+        exact |= uint64_t(lanes_of((Bits)is_exact)) << i;
+        sum_of_dust += is_exact ? Floats{} : q;
+      }
     }
-    dust = sum(sum_of_dust);
-    num_exact = 0;
-    for (int64_t lane = 0; lane < WIDTH; ++lane)
-      num_exact += exact[lane];
+    if constexpr (HEAVY)
+      dust = sum(sum_of_dust);
   }
 
-  OpenTile(const Walk &walk, int64_t tile, float exact_from) {
-    if (walk.block.softcap != 0)
-      read<true>(walk, tile * TILE, exact_from);
+  OpenTile(const Walk &walk, int64_t tile, bool heavy) {
+    const float *x = walk.x + tile * TILE;
+    float last[TILE];
+    if ((tile + 1) * TILE > walk.vocab) {
+      for (int64_t i = 0; i < TILE; ++i)
+        last[i] = tile * TILE + i < walk.vocab ? x[i] : LEFT_OUT;
+      x = last;
+    }
+    if (walk.capped)
+      heavy ? read<true, true>(walk, x) : read<true, false>(walk, x);
     else
-      read<false>(walk, tile * TILE, exact_from);
+      heavy ? read<false, true>(walk, x) : read<false, false>(walk, x);
   }
 };
 
-constexpr float NONE_EXACT = 2; // no probability reaches it: in a light tile all is dust, whatever rounding says
-
-inline void count_row(Walk &walk, int64_t *count, double *expected) {
-  int64_t exact = 0;
-  walk.over_tiles([&](int64_t tile, double mass, bool heavy) {
-    if (!heavy) {
-      walk.add(mass);
-      return;
-    }
-    const OpenTile open(walk, tile, walk.threshold);
-    exact += open.num_exact;
-    walk.add(open.dust);
-  });
-  *count = exact + whole(walk.stands) - whole(walk.start);
-  *expected = double(exact) + double(walk.stands - walk.start) / double(ONE);
+// The dust entries of one tile in which the running sum steps. It stands at `before` where the tile begins and is longer
+// by `length` where it ends.
+//
+// The dust of the tile is walked as a share of its own sum, which differs from `length` by rounding; no step may be lost
+// in that, so what is beyond the last entry is the last entry's.
+inline void sample_tile(Walk &walk, int64_t tile, bool heavy, int64_t before, int64_t length) {
+  constexpr int64_t GROUPS = TILE / WIDTH;
+  OpenTile open(walk, tile, heavy);
+  for (; open.exact != 0; open.exact &= open.exact - 1)
+    open.p[__builtin_ctzll(open.exact)] = 0;
+  double running[GROUPS + 1] = {0}; // where groups of entries begin and end
+  for (int64_t group = 0; group < GROUPS; ++group)
+    running[group + 1] = running[group] + sum(load(open.p + group * WIDTH));
+  int64_t after = -1; // the entry of the last step
+  for (int64_t step = whole(before) + 1; step <= whole(before + length); ++step) {
+    const double until = double(step * ONE - before) / double(length) * running[GROUPS];
+    // The group, and then the entry, with which the sum gets there: by counting, since no branch could be predicted.
+    int64_t group = 0;
+    for (int64_t next = 1; next < GROUPS; ++next)
+      group += running[next] < until;
+    double sum = running[group];
+    int64_t i = group * WIDTH;
+    for (int64_t lane = 0; lane < WIDTH; ++lane)
+      i += (sum += open.p[group * WIDTH + lane]) < until;
+    i = least(i, TILE - 1);
+    while (i > 0 && open.p[i] <= 0)
+      --i;
+    i = i > after ? i : after + 1;
+    if (i < TILE && open.p[i] > 0)
+      walk.writer.write(tile * TILE + i, walk.threshold);
+    after = i;
+  }
 }
 
-// Where the entries of a row go; never beyond what was counted.
-struct Writer {
-  const Entries &entries;
-  int32_t row;
-  int64_t slot, end;
+// Consecutive tiles of a row, whole panels of them.
+struct Stretch {
+  Walk &walk;
+  const int64_t first, end;
+  alignas(64) int64_t length[STRETCH]; // dust of each tile
+  alignas(64) int64_t before[STRETCH]; // where the running sum stands at its beginning
+  uint64_t heavy[STRETCH / 64] = {}, steps[STRETCH / 64] = {}; // a bit for each tile
 
-  void write(int64_t column, float value) {
-    if (slot == end)
-      return;
-    entries.row[slot] = row;
-    entries.column[slot] = int32_t(column);
-    entries.value[slot++] = value;
-  }
-};
+  Stretch(Walk &walk, int64_t first, int64_t end) : walk(walk), first(first), end(end) {}
 
-// The exact entries of an open tile, and the dust entries in which the running sum steps. It stood at `before` where
-// the tile begins and has moved by `length` where it ends. The dust of the tile is walked as a share of its own sum,
-// which differs from what the tile was counted with by rounding; no step may be lost in that, so the last dust entry
-// takes what is left.
-inline void emit_tile(const Walk &walk, const OpenTile &open, int64_t tile, float exact_from, int64_t before,
-                      int64_t steps, Writer &writer) {
-  constexpr int64_t GROUP = 8; // entries that are passed over together where nothing is in them
-  const double dust_a_unit = double(open.dust) / double(walk.stands - before);
-  int64_t next = (whole(before) + 1) * ONE;
-  double running = 0, until = double(next - before) * dust_a_unit;
-  int64_t last_dust = -1;
-  const auto emit = [&](int64_t i, float q) {
-    const int64_t column = tile * TILE + i;
-    const Floats x = all(walk.x[column]);
-    const Logits at = walk.block.softcap != 0 ? walk.transform.of<true>(x) : walk.transform.of<false>(x);
-    writer.write(column, q * walk.wanted.factor(at.z[0] - walk.wanted.row_max) * at.slope[0]);
-  };
-  for (int64_t first = 0; first < TILE; first += GROUP) {
-    const float *p = open.p + first;
-    float most = 0;
-    for (int64_t i = 0; i < GROUP; ++i)
-      most = p[i] > most ? p[i] : most;
-    if (most < exact_from) {
-      const float halves[2] = {(p[0] + p[1]) + (p[2] + p[3]), (p[4] + p[5]) + (p[6] + p[7])};
-      const double mass = double(halves[0]) + double(halves[1]);
-      if (running + mass < until) {
-        running += mass;
-        last_dust = mass > 0 ? first + GROUP - 1 : last_dust;
-        continue;
-      }
-    }
-    for (int64_t i = first; i < first + GROUP; ++i) {
-      const float p = open.p[i];
-      if (p >= exact_from) {
-        emit(i, p);
-      } else if (steps > 0 && p > 0) {
-        running += p;
-        last_dust = i;
-        if (running >= until) {
-          emit(i, walk.threshold);
-          next += ONE;
-          until = double(next - before) * dust_a_unit;
-          last_dust = -1;
-          if (--steps == 0 && open.num_exact == 0)
-            return;
+  // Lengths of light tiles, and which are heavy.
+  void measure() {
+    for (int64_t panel = first; panel < end; panel += TILES_A_PANEL) {
+      const float share = walk.share(panel / TILES_A_PANEL);
+      const double units = share * walk.units;
+      const Floats reaches = all(walk.threshold / share);
+      const int64_t stop = least(panel + TILES_A_PANEL, end);
+      for (int64_t tile = panel; tile < stop; tile += WIDTH) {
+        const int64_t n = least(WIDTH, stop - tile), at = tile - first;
+        for (int64_t i = 0; i < n; ++i) {
+          const double dust = walk.tiles.mass[tile + i] * units;
+          length[at + i] = int64_t(dust < LONGEST ? dust : LONGEST); // heavy tiles are measured when they are open
         }
+        heavy[at / 64] |= uint64_t(lanes_of((Bits)(load(walk.tiles.peak + tile, n) >= reaches))) << at % 64;
       }
     }
   }
-  while (last_dust > 0 && open.p[last_dust] <= 0)
-    --last_dust;
-  if (steps > 0 && last_dust >= 0)
-    emit(last_dust, walk.threshold);
+
+  // Exact entries, and the lengths of heavy tiles.
+  void keep_exact() {
+    over(heavy, [this](int64_t tile) {
+      const OpenTile open(walk, tile, true);
+      for (uint64_t exact = open.exact; exact != 0; exact &= exact - 1) {
+        const int64_t at = __builtin_ctzll(exact);
+        walk.writer.write(tile * TILE + at, open.p[at]);
+      }
+      length[tile - first] = int64_t(double(open.dust) * walk.units);
+    });
+  }
+
+  // Dust entries.
+  void keep_sample() {
+    alignas(64) int32_t number[STRETCH + WIDTH];
+    const int64_t num_tiles = end - first;
+    int64_t stands = walk.stands;
+    for (int64_t i = 0; i < num_tiles; ++i) {
+      before[i] = stands;
+      number[i] = int32_t(whole(stands));
+      stands += length[i];
+    }
+    walk.stands = stands;
+    for (int64_t i = num_tiles; i < num_tiles + WIDTH; ++i)
+      number[i] = int32_t(whole(stands));
+    for (int64_t i = 0; i < num_tiles; i += WIDTH)
+      steps[i / 64] |= uint64_t(lanes_of((Bits)(load(number + i) != load(number + i + 1)))) << i % 64;
+    over(steps, [this](int64_t tile) {
+      const int64_t i = tile - first;
+      sample_tile(walk, tile, heavy[i / 64] >> i % 64 & 1, before[i], length[i]);
+    });
+  }
+
+  // Calls visit(tile) where a bit is set, while tiles that come soon are on their way from memory.
+  template <class Visit> AAPO_INLINE void over(const uint64_t *set, const Visit &visit) const {
+    int32_t tiles[STRETCH + AHEAD];
+    int64_t count = 0;
+    for (int64_t word = 0; word < STRETCH / 64; ++word)
+      for (uint64_t bits = set[word]; bits != 0; bits &= bits - 1)
+        tiles[count++] = int32_t(first + word * 64 + __builtin_ctzll(bits));
+    for (int64_t i = -AHEAD; i < count; ++i) {
+      if (i + AHEAD < count)
+        walk.prefetch(tiles[i + AHEAD]);
+      if (i >= 0)
+        visit(tiles[i]);
+    }
+  }
+};
+
+// From probabilities to d loss / d product.
+template <bool CAPPED> void to_gradient(const Walk &walk) {
+  const Writer &found = walk.writer;
+  for (int64_t first = 0; first < found.count; first += WIDTH) {
+    const int64_t n = least(WIDTH, found.count - first);
+    alignas(64) float x[WIDTH] = {};
+    for (int64_t lane = 0; lane < n; ++lane)
+      x[lane] = walk.x[found.column[first + lane]];
+    const Logits at = walk.transform.of<CAPPED>(load(x));
+    const Floats p = load(found.value + first, n);
+    store(found.value + first, p * walk.wanted.factor(at.z - walk.wanted.row_max) * at.slope, n);
+  }
 }
 
-// The sample in the order of columns.
-inline void emit_row(Walk &walk, Writer &writer) {
-  walk.over_tiles([&](int64_t tile, double mass, bool heavy) {
-    const int64_t before = walk.stands;
-    if (heavy) {
-      const OpenTile open(walk, tile, walk.threshold);
-      const int64_t steps = walk.add(open.dust);
-      emit_tile(walk, open, tile, walk.threshold, before, steps, writer);
-    } else if (const int64_t steps = walk.add(mass)) {
-      emit_tile(walk, OpenTile(walk, tile, NONE_EXACT), tile, NONE_EXACT, before, steps, writer);
+// Entries and their number.
+inline int64_t sample_row(Walk &walk) {
+  for (int64_t first = 0; walk.walkable() && first < walk.num_tiles(); first += STRETCH) {
+    Stretch stretch(walk, first, least(first + STRETCH, walk.num_tiles()));
+    stretch.measure();
+    stretch.keep_exact();
+    stretch.keep_sample();
+  }
+  if (walk.capped)
+    to_gradient<true>(walk);
+  else
+    to_gradient<false>(walk);
+  return walk.writer.count;
+}
+
+// A lower bound of the mean number of entries over the uniforms, from what sweep 1 kept: the dust of light tiles over
+// eps, and of a heavy tile its sum over its largest. (An entry p counts min(1, p / eps); of all tiles with that sum and
+// that largest entry, the one whose other entries are as large or zero counts least.)
+inline double at_least(const Walk &walk) {
+  double total = 0;
+  for (int64_t panel = 0; walk.walkable() && panel < walk.num_tiles(); panel += TILES_A_PANEL) {
+    const float share = walk.share(panel / TILES_A_PANEL);
+    const Floats reaches = all(walk.threshold / share);
+    Floats entries{};
+    const int64_t stop = least(panel + TILES_A_PANEL, walk.num_tiles());
+    for (int64_t tile = panel; tile < stop; tile += WIDTH) {
+      const int64_t n = least(WIDTH, stop - tile);
+      const Floats mass = load(walk.tiles.mass + tile, n), peak = load(walk.tiles.peak + tile, n);
+      entries += mass / (peak >= reaches ? peak : reaches);
     }
-  });
-  while (writer.slot < writer.end) // a step that found no dust, which takes a rounding error in a million million
-    writer.write(0, 0);
+    total += sum(entries);
+  }
+  return total;
 }
 
 } // namespace

@@ -125,7 +125,7 @@ struct RowGradient {
   bool live() const { return a != 0 || b != 0 || c != 0; }
 
   // d loss / d z_v over p_v.
-  float factor(float shifted) const { return c - a - b * (shifted + offset); }
+  Floats factor(Floats shifted) const { return c - a - b * (shifted + offset); }
 };
 
 template <bool CAPPED, bool ENTROPY>

@@ -32,6 +32,7 @@ constexpr int64_t WIDTH = AAPO_WIDTH;
 typedef float Floats __attribute__((vector_size(4 * AAPO_WIDTH)));
 typedef uint32_t Bits __attribute__((vector_size(4 * AAPO_WIDTH)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * AAPO_WIDTH)));
+typedef int32_t Ints __attribute__((vector_size(4 * AAPO_WIDTH)));
 
 AAPO_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -42,6 +43,12 @@ AAPO_INLINE Floats all(float x) { return x - Floats{}; }
 
 AAPO_INLINE Floats load(const float *p) {
   Floats v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+AAPO_INLINE Ints load(const int32_t *p) {
+  Ints v;
   memcpy(&v, p, sizeof v);
   return v;
 }
@@ -92,6 +99,20 @@ AAPO_INLINE Floats first_lanes(Floats v, int64_t n, float beyond) {
 template <int N> struct Lanes {
   typedef float type __attribute__((vector_size(4 * N)));
 };
+
+// Bit i for the i-th lane of a comparison, which is all ones or all zeros.
+AAPO_INLINE uint32_t lanes_of(Bits holds) {
+#if AAPO_WIDTH == 16 && defined(__AVX512DQ__)
+  return uint32_t(_mm512_movepi32_mask((__m512i)holds));
+#elif AAPO_WIDTH == 8 && defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps((__m256)holds));
+#else
+  uint32_t lanes = 0;
+  for (int64_t lane = 0; lane < WIDTH; ++lane)
+    lanes |= (holds[lane] & 1) << lane;
+  return lanes;
+#endif
+}
 
 // Sum and maximum of all lanes, by halves.
 template <int N> AAPO_INLINE float sum_of(typename Lanes<N>::type v) {

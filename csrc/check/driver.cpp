@@ -131,19 +131,28 @@ void sweeps(const Kernels &k, const Case &c) {
 
   for (const double threshold : {1.0, 0.25, 1.0 / 64, 1e-4, 1e-7}) {
     std::vector<int64_t> starts(size_t(n + 1));
-    std::vector<double> expected(static_cast<size_t>(n));
+    std::vector<double> at_least(static_cast<size_t>(n));
     const Sample sample{uniforms.data(), threshold};
-    k.count(block, wanted, tiles, sample, starts.data() + 1, expected.data(), 0, n);
+    const int64_t capacity = std::min(c.vocab, int64_t(1 / threshold) + 2);
+    std::vector<int32_t> found_columns(size_t(n * capacity));
+    std::vector<float> found_values(size_t(n * capacity));
+    const Found found{found_columns.data(), found_values.data(), capacity};
+    k.sample(block, wanted, tiles, sample, found, starts.data() + 1, 0, n);
+    k.count_at_least(block, wanted, tiles, sample, at_least.data(), 0, n);
     for (int64_t row = 0; row < n; ++row) {
       expect(double(starts[size_t(row) + 1]) <= 1 / threshold + 1, "entries", double(starts[size_t(row) + 1]), 0);
-      expect(std::abs(expected[size_t(row)] - double(starts[size_t(row) + 1])) < 1.001, "expected",
-             expected[size_t(row)], double(starts[size_t(row) + 1]));
+      double mean = 0;
+      for (int64_t v = 0; v < c.vocab && a[size_t(row)] != 0; ++v)
+        if (v != targets[size_t(row)])
+          mean += std::min(1.0, truth[size_t(row)].p[size_t(v)] / threshold);
+      expect(std::abs(mean - double(starts[size_t(row) + 1])) < 1.001, "entries", double(starts[size_t(row) + 1]), mean);
+      expect(at_least[size_t(row)] <= mean * 1.00001, "entries at least", at_least[size_t(row)], mean);
       starts[size_t(row) + 1] += starts[size_t(row)];
     }
     const size_t count = size_t(starts.back());
     std::vector<int32_t> rows(count, -1), columns(count, -1);
     std::vector<float> values(count);
-    k.emit(block, wanted, tiles, sample, starts.data(), {rows.data(), columns.data(), values.data()}, 0, n);
+    pack(found.column, found.value, capacity, starts.data(), n, rows.data(), columns.data(), values.data());
     for (size_t e = 0; e < count; ++e)
       expect(rows[e] >= 0 && rows[e] < n && columns[e] >= 0 && columns[e] < c.vocab, "entry", columns[e], 0);
     if (threshold <= 1e-7) { // all entries are exact, or as good as

@@ -66,13 +66,14 @@ def operator_calls():
     given = targets, torch.ones(3), 1.0, 30.0
     tiles, vector, wanted = torch.rand(3, 5), torch.rand(3), torch.rand(6, 3)
     row, value = torch.zeros(2, dtype=torch.int32), torch.rand(2)
-    sampled = wanted, tiles, vector, 0.1
+    sampled, found = (wanted, tiles, vector, 0.1), (torch.zeros(3, 12, dtype=torch.int32), torch.rand(3, 12))
     return {
         "statistics": (products, *given, torch.empty(4, 3), tiles),
         "gradient": (products, *given, wanted),
         "both_sweeps": (products, *given, vector, torch.empty(4, 3)),
-        "count_entries": (products, *given, *sampled, torch.zeros(3, dtype=torch.int64), vector.double()),
-        "emit_entries": (products, *given, *sampled, torch.tensor([0, 1, 1, 2]), row, row.clone(), value),
+        "count_at_least": (products, *given, *sampled, vector.double()),
+        "sample_entries": (products, *given, *sampled, *found, torch.zeros(3, dtype=torch.int64)),
+        "pack_entries": (*found, torch.tensor([0, 1, 1, 2]), row, row.clone(), value),
         "add_times_weight": (row, row.clone(), value, torch.rand(4, 5), torch.zeros(2, 5)),
         "add_transposed_times": (row, row.clone(), value, torch.rand(2, 5), torch.zeros(4, 5)),
         "exp": (vector, torch.empty(3)),
@@ -83,7 +84,9 @@ def operator_calls():
 def test_operators_pass_opcheck_and_compile(name, level):
     torch._dynamo.reset()
     operator = getattr(native.operators(), name).default
-    arguments = (*operator_calls()[name], native.level())
+    arguments = operator_calls()[name]
+    if name != "pack_entries":
+        arguments += (native.level(),)
     torch.library.opcheck(operator, arguments)
     eager, compiled = ([a.clone() if isinstance(a, torch.Tensor) else a for a in arguments] for _ in range(2))
     operator(*eager)
@@ -101,9 +104,12 @@ def test_what_operators_refuse():
         run_.add_times_weight(torch.tensor([1, 0], dtype=torch.int32), column, value, weight, out, 0)
     with pytest.raises(RuntimeError, match="dense factor must be Float, BFloat16 or Half, not Double"):
         run_.add_times_weight(row, column, value, weight.double(), out, 0)
-    arguments = operator_calls()["emit_entries"]
-    with pytest.raises(RuntimeError, match="starts must ascend"):
-        run_.emit_entries(*arguments[:9], torch.tensor([0, 3, 1, 2]), *arguments[10:], 0)
+    column, value, starts, *packed = operator_calls()["pack_entries"]
+    for wrong in ([0, 2, 1, 2], [0, 1, 1, 1], [1, 1, 1, 2], [0, 0, 2, 2]):
+        with pytest.raises(RuntimeError, match="starts must ascend"):
+            run_.pack_entries(column[:, :1].clone(), value[:, :1].clone(), torch.tensor(wrong), *packed)
+    with pytest.raises(RuntimeError, match="room for 3 rows"):
+        run_.pack_entries(column[:2], value[:2], starts, *packed)
     products, *rest = operator_calls()["statistics"]
     for wrong in (products.double(), products.t(), products[0]):
         with pytest.raises(RuntimeError, match="aapo_fast_native: "):

@@ -224,6 +224,20 @@ def test_the_same_entries_as_the_torch_sample(level, scale, threshold):
     assert all(abs(keys[0][k] - keys[1][k]) < 2e-6 * keys[1][k] for k in both)
 
 
+@pytest.mark.usefixtures("sparse_whatever_it_costs")
+def test_rows_longer_than_what_is_listed_at_a_time(level):
+    """Column by column the mean over an even grid of u, in a row of three stretches of 65,536."""
+    grid, threshold, vocab = 64, 2**-9, 150_001
+    row, _ = block(vocab, rows=1, scale=3)
+    uniforms = (torch.arange(grid) + 0.5) / grid
+    entries = sample(row.expand(grid, -1).contiguous(), threshold, uniforms)
+    mean = torch.zeros(vocab, dtype=torch.float64)
+    mean.index_add_(0, entries.column.long(), entries.value.double() / grid)
+    assert (mean - row[0].double().softmax(0)).abs().max() <= 1.01 * threshold / grid + 1e-7
+    assert torch.unique(entries.row * vocab + entries.column).numel() == entries.row.numel()
+    assert ((torch.bincount(entries.row, entries.value, grid) - 1).abs() <= threshold + 2e-6).all()
+
+
 def test_dense_rows_where_they_are_cheaper_whatever_the_uniforms():
     flat, _ = block(5000, rows=8, scale=0.1)
     peaked, _ = block(5000, rows=8, scale=12)
