@@ -67,7 +67,7 @@ def test_weights_by_nccl(tmp_path):
 
 
 def test_weights_by_ipc(tmp_path, monkeypatch):
-    """Hugging Face's tokens before and after; what a restarted server gets; and a head that is not sent shows."""
+    """Hugging Face's tokens before and after every sync; and a head that is not sent shows."""
     model, tokenizer, settings = on_gpu(tmp_path / "model", weight_transfer="ipc")
     process = ServerProcess(settings, "key", tmp_path / "log")
     transport = IPCTransport([process], torch.device("cuda"))
@@ -82,8 +82,6 @@ def test_weights_by_ipc(tmp_path, monkeypatch):
             engine.sync_weights(version)
             assert same_greedy(engine, truth, atol=1e-3)
             assert engine._servers[0].client.weight_version() == str(version)
-        process.stop()
-        assert same_greedy(engine, truth, atol=1e-3) and engine.metrics()["server_restarts"] == 1
         move(model.cpu(), seed=4)
         model.cuda()
         monkeypatch.setattr(servers, "named_weights", without_head)

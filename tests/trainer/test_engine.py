@@ -18,9 +18,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def make(**vllm):
-    overrides = {"rollout.engine": "vllm_server", "model.path": "."} | {
-        f"vllm.{name}": value for name, value in vllm.items()
-    }
+    overrides = {f"vllm.{name}": value for name, value in vllm.items()}
+    overrides |= {"rollout.engine": "vllm_server", "model.path": "."}
     return config.load(QUICKSTART, list(overrides.items()))
 
 
@@ -74,9 +73,7 @@ def test_servers_have_the_gpus_after_the_trainers_and_by_ipc_its_own(tmp_path, m
 
 def test_one_gpu_leaves_a_server_the_trainers_own(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    with pytest.raises(
-        UserError, match=r"this machine has 1 of them; .* rollout.engine='vllm', or vllm.transfer='ipc'"
-    ):
+    with pytest.raises(UserError, match=r"has 1 of them; .* rollout.engine='vllm', or vllm.transfer='ipc'"):
         engine._gpus(make(), 0, GPU)
     assert engine._gpus(make(transfer="ipc"), 0, GPU) == {"CUDA_VISIBLE_DEVICES": "3"}
 
