@@ -51,11 +51,9 @@ def without_gpu(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
 
 
-def server_process(folder, with_gpu, monkeypatch):
-    """A server as a run starts it; ``with_gpu`` adds the stand-in to its worker."""
+def server_process(folder, monkeypatch):
+    """A server as a run starts it, with the stand-in in its worker."""
     settings = vllm_support.settings(folder / "model", weight_transfer="ipc")
-    if not with_gpu:
-        return ServerProcess(settings, KEY, folder / "vllm.log")
     line = process.command
     extension = ["--worker-extension-cls", "vllm_ipc_stand_in.Worker"]
     monkeypatch.setattr(process, "command", lambda *given: [*line(*given), *extension])
@@ -66,7 +64,7 @@ def server_process(folder, with_gpu, monkeypatch):
 def test_weights_arrive_in_the_order_of_every_sync_and_a_stale_head_shows(tmp_path, monkeypatch, without_gpu):
     vllm_support.save_model(tmp_path / "model", tied=True)
     model, tokenizer = vllm_support.load(tmp_path / "model")
-    ours = server_process(tmp_path, True, monkeypatch)
+    ours = server_process(tmp_path, monkeypatch)
     server = Server(None, ours)
     engine = VLLMServersEngine(model, tokenizer, [server], IPCTransport([ours], GPU), LIMIT, torch.float32)
     with contextlib.closing(engine):
@@ -87,23 +85,6 @@ def test_weights_arrive_in_the_order_of_every_sync_and_a_stale_head_shows(tmp_pa
         engine.sync_weights(3)
         drawn = engine.generate(PROMPTS * 8, n=2, sampling=SamplingParams(max_tokens=6), seeds=range(24))
         assert gap(model, drawn) > 0.05
-
-
-def test_a_server_that_cannot_open_the_handles_says_so_at_once(tmp_path, monkeypatch, without_gpu):
-    """It has no GPU: the error is the one of its worker, in one line."""
-    vllm_support.save_model(tmp_path / "model", tied=False)
-    model, _ = vllm_support.load(tmp_path / "model")
-    ours = server_process(tmp_path, False, monkeypatch)
-    transport = IPCTransport([ours], GPU)
-    transport.publish("policy-1", named_weights(model))
-    client = ours.start(LIMIT)
-    try:
-        with pytest.raises(ServerError, match=r"/update_weights answered 500: .*CUDA") as refused:
-            transport.load(client, "policy-1")
-        assert "\n" not in str(refused.value)
-        client.check()  # it is there still, and can be asked
-    finally:
-        ours.stop()
 
 
 def test_memory_that_cannot_be_shared_is_no_fault_of_the_server(monkeypatch, without_gpu):
