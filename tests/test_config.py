@@ -15,6 +15,8 @@ COSINE = {
     "rewards.0.options.wrong": "[0, -0.5]",
 }
 
+SERVERS = {"rollout.engine": "vllm_server"}
+
 
 def test_the_quickstart_is_a_config_and_survives_a_round_trip():
     loaded = config.load(QUICKSTART)
@@ -115,6 +117,30 @@ def test_every_option_is_documented():
         ({"rollout.engine": "vllm", "rollout.temperature": "0.001"}, "vLLM samples at 0.01 or above"),
         ({"vllm.servers": '["http://a"]', "vllm.num_servers": "2"}, "vllm.num_servers=2 is for servers started here"),
         ({"vllm.address": "a", "vllm.weights_folder": "b"}, "set one of them"),
+        (
+            {"vllm.transfer": "ipc", "rollout.engine": "vllm"},
+            "vllm.transfer='ipc' is for servers: an engine in",
+        ),
+        (
+            SERVERS | {"vllm.transfer": "ipc", "vllm.servers": '["http://127.0.0.1:1"]'},
+            "leave vllm.servers empty, or",
+        ),
+        (
+            SERVERS | {"vllm.transfer": "ipc", "vllm.num_servers": "2"},
+            "trainer's own GPU, and vllm.num_servers=2, vllm.t",
+        ),
+        (SERVERS | {"vllm.transfer": "ipc", "vllm.tensor_parallel_size": "2"}, "vllm.tensor_parallel_size=2; set both"),
+        (
+            SERVERS | {"vllm.transfer": "ipc", "vllm.address": "a"},
+            "vllm.address='a' is for vllm.transfer='nccl'",
+        ),
+        (SERVERS | {"vllm.transfer": "file", "vllm.address": "a"}, "vllm.transfer='nccl', which is 'file'; set one"),
+        (SERVERS | {"vllm.transfer": "nccl", "vllm.weights_folder": "b"}, "'b' is for vllm.transfer='file', which is"),
+        (
+            SERVERS | {"vllm.transfer": "nccl", "vllm.servers": '["http://a"]'},
+            "needs vllm.address, this host as",
+        ),
+        (SERVERS | {"vllm.transfer": "rdma"}, "vllm.transfer='rdma' must be"),
         ({"rollout.max_staleness": "1"}, "rollout.max_staleness=1 needs rollout.engine='vllm_server'"),
         ({"rollout.max_staleness": "2", "rollout.engine": "vllm_server"}, "rollout.max_staleness=2 must be 0 or 1"),
         ({"vllm.gpu_memory_utilization": "1"}, "vllm.gpu_memory_utilization=1.0 must lie in (0, 1)"),

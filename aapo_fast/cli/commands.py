@@ -74,6 +74,10 @@ def serve(config: Config, host: str, port: int) -> int:
     """Become a vLLM server; returns only where that is not possible."""
     if importlib.util.find_spec("vllm") is None:
         raise UserError("aapo-fast serve needs vllm; run: pip install 'aapo-fast[vllm]'")
+    if config.vllm.transfer == "ipc":
+        raise UserError(
+            "vllm.transfer='ipc' is for the server that a training run starts itself; for this one set 'nccl' or 'file'"
+        )
     key = os.environ.get(KEY_VARIABLE)
     if not key:
         key = secrets.token_urlsafe(32)

@@ -71,7 +71,8 @@ def _remedy(config: Config, shape: Shape, parts: list[Part], there: float) -> st
             return f"--model.activation_checkpointing full: activations would take {kept / 2**30:.1f} GiB"
         return "shorter completions, or --lora.rank 32"
     return {
-        "vLLM": "lower --vllm.gpu_memory_utilization, or give servers of their own GPU: --rollout.engine vllm_server",
+        "vLLM": "lower --vllm.gpu_memory_utilization, or give servers GPUs of their own: --rollout.engine vllm_server "
+        "--vllm.transfer auto",
         "KV cache": "lower --rollout.max_batch_size",
         "next-token logits": "lower --rollout.max_batch_size",
         "frozen reference": "--reference.mode cached needs no copy of the weights",

@@ -99,8 +99,7 @@ def _check_engines(c: Config) -> None:
         raise ConfigError(
             f"vllm.num_servers={c.vllm.num_servers} is for servers started here; vllm.servers names others"
         )
-    if c.vllm.address and c.vllm.weights_folder:
-        raise ConfigError("vllm.address sends weights by NCCL and vllm.weights_folder through files; set one of them")
+    _check_transfer(c)
     if c.vllm.time_limit_seconds <= 0:
         raise ConfigError(f"vllm.time_limit_seconds={c.vllm.time_limit_seconds} must be above 0")
     if not 0 < c.vllm.gpu_memory_utilization < 1:
@@ -111,6 +110,34 @@ def _check_engines(c: Config) -> None:
         raise ConfigError(
             f"rollout.max_staleness=1 needs rollout.engine='vllm_server': the engine {c.rollout.engine!r} shares the "
             "trainer's device"
+        )
+
+
+def _check_transfer(c: Config) -> None:
+    v = c.vllm
+    if v.address and v.weights_folder:
+        raise ConfigError("vllm.address sends weights by NCCL and vllm.weights_folder through files; set one of them")
+    if v.transfer == "auto":
+        return
+    if c.rollout.engine == "vllm":
+        raise ConfigError(
+            f"vllm.transfer={v.transfer!r} is for servers: an engine in the trainer's process is handed the tensors "
+            "themselves; leave it at 'auto', or use rollout.engine='vllm_server'"
+        )
+    for name, value, way in (("address", v.address, "nccl"), ("weights_folder", v.weights_folder, "file")):
+        if value and v.transfer != way:
+            raise ConfigError(f"vllm.{name}={value!r} is for vllm.transfer={way!r}, which is {v.transfer!r}; set one")
+    if v.transfer == "nccl" and v.servers and not v.address:
+        raise ConfigError("vllm.transfer='nccl' with vllm.servers needs vllm.address, this host as they reach it")
+    if v.transfer == "ipc" and v.servers:
+        raise ConfigError(
+            "vllm.transfer='ipc' sends CUDA handles as a pickle, which no server but one that the run starts itself "
+            "should read; leave vllm.servers empty, or use 'nccl' or 'file'"
+        )
+    if v.transfer == "ipc" and (v.num_servers, v.tensor_parallel_size) != (1, 1):
+        raise ConfigError(
+            f"vllm.transfer='ipc' is for one server on the trainer's own GPU, and vllm.num_servers={v.num_servers}, "
+            f"vllm.tensor_parallel_size={v.tensor_parallel_size}; set both to 1, or use 'nccl' or 'file'"
         )
 
 

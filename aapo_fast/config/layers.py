@@ -152,7 +152,12 @@ class VLLMConfig:
     num_servers: int = option(1, "servers to start, on the GPUs after the trainer's")
     time_limit_seconds: float = option(600.0, "longest start, request or weight transfer of a server")
     weights_folder: str = option("", "where weights for servers are written; empty: in memory (/dev/shm)")
-    address: str = option("", "this host as servers on GPUs reach it, for NCCL; empty: through weights_folder")
+    transfer: Literal["auto", "file", "nccl", "ipc"] = option(
+        "auto",
+        "how weights reach servers. file: through weights_folder; nccl: from GPU to GPU; ipc: to one server on the "
+        "trainer's own GPU; auto: nccl if there is an address, else file",
+    )
+    address: str = option("", "this host as servers on GPUs reach it, for NCCL; servers started here know it")
     max_logprob_gap: float = option(
         0.0,
         "largest mean gap to the engine's log-probabilities, nats; 0: 0.005 in float32, 0.05 float16, 0.1 bfloat16",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from aapo_fast.rollout.vllm.local import VLLMEngine
 from aapo_fast.rollout.vllm.process import ServerProcess
 from aapo_fast.rollout.vllm.servers import Server, VLLMServersEngine
 from aapo_fast.rollout.vllm.settings import EngineSettings, engine_dtype
+from aapo_fast.rollout.vllm.transfer import IPCTransport, NCCLTransport
 from aapo_fast.rollout.vllm.transport import SHARED_MEMORY, AdapterTransport, FolderTransport, Transport
 from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.policy import Policy, resolve_precision
@@ -46,19 +48,33 @@ def make_engine(config: Config, policy: Policy, folder: Path, display: Display) 
         display.note("starting vLLM")
         return VLLMEngine(model, tokenizer, settings)
     limit = config.vllm.time_limit_seconds
+    processes: list[ServerProcess] = []
     if config.vllm.servers:
         key = os.environ.get(KEY_VARIABLE, "")
         servers = [Server(ServerClient(url, key, limit, settings.max_model_len), None) for url in config.vllm.servers]
     else:
         display.note(f"starting {config.vllm.num_servers} vLLM server(s); their logs: {folder}/vllm-*.log")
-        servers = [Server(None, process) for process in _processes(config, settings, policy.device, folder)]
+        processes = _processes(config, settings, policy.device, folder)
+        servers = [Server(None, process) for process in processes]
     width = max(1, config.rollout.max_batch_size // config.rollout.group_size)
     dtype = getattr(torch, settings.dtype)
-    return VLLMServersEngine(model, tokenizer, servers, _transport(config, policy), limit, dtype, width, display.note)
+    transport = _transport(config, policy, processes)
+    return VLLMServersEngine(model, tokenizer, servers, transport, limit, dtype, width, display.note)
+
+
+def weight_transfer(config: Config) -> str:
+    """How weights reach servers, "file", "nccl" or "ipc", as ``vllm.transfer`` says. Of itself it is never IPC, which
+    puts the server on the trainer's GPU, into memory that training may want.
+    """
+    if config.vllm.transfer != "auto":
+        return config.vllm.transfer
+    return "nccl" if config.vllm.address else "file"
 
 
 def engine_settings(config: Config, device: torch.device) -> EngineSettings:
     """[vllm] for an engine beside a trainer on ``device``."""
+    way = weight_transfer(config)
+    whole = way != "file" and config.rollout.engine != "vllm"
     return EngineSettings(
         model=model_source(config.model.path),
         device=device.type,
@@ -70,7 +86,9 @@ def engine_settings(config: Config, device: torch.device) -> EngineSettings:
         tensor_parallel_size=config.vllm.tensor_parallel_size,
         enforce_eager=config.vllm.enforce_eager,
         seed=config.run.seed,
-        lora_rank=0 if config.vllm.address else config.lora.rank,  # by NCCL go whole weights
+        lora_rank=0 if whole else config.lora.rank,  # from GPU to GPU go merged weights
+        # Every server on GPUs can be sent weights by NCCL, whatever the config that it was started with says.
+        weight_transfer="" if device.type != "cuda" else "ipc" if way == "ipc" else "nccl",
     )
 
 
@@ -108,31 +126,30 @@ def _processes(config: Config, settings: EngineSettings, device: torch.device, f
 
 
 def _gpus(config: Config, number: int, device: torch.device) -> dict[str, str]:
-    """The GPUs of server ``number``: those after the trainer's, of those that the trainer sees."""
+    """The GPUs of server ``number``, of those that the trainer sees: those after the trainer's, or by IPC its own."""
     if device.type != "cuda":
         return {}
     width = config.vllm.tensor_parallel_size
-    first = (device.index or 0) + 1 + number * width
+    first = (device.index or 0) + (0 if weight_transfer(config) == "ipc" else 1 + number * width)
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     seen = seen if seen != [""] else [str(i) for i in range(torch.cuda.device_count())]
     if first + width > len(seen):
         raise ConfigError(
             f"vllm.num_servers={config.vllm.num_servers} of {width} GPUs each beside {device}: this machine has "
-            f"{len(seen)} of them; start fewer, or use rollout.engine='vllm' on the trainer's own"
+            f"{len(seen)} of them; start fewer, or on the trainer's own: rollout.engine='vllm', or vllm.transfer='ipc'"
         )
     return {"CUDA_VISIBLE_DEVICES": ",".join(seen[first : first + width])}
 
 
-def _transport(config: Config, policy: Policy) -> Transport:
-    device = policy.device
-    if config.vllm.address:
+def _transport(config: Config, policy: Policy, processes: Sequence[ServerProcess]) -> Transport:
+    way, device = weight_transfer(config), policy.device
+    if way == "ipc":
+        return IPCTransport(processes, device)
+    if way == "nccl":
         if device.type != "cuda":
-            raise ConfigError(
-                f"vllm.address={config.vllm.address!r} is for NCCL between GPUs, and model.device is {device}"
-            )
-        from aapo_fast.rollout.vllm.adapter import NCCLTransport
-
-        return NCCLTransport(config.vllm.address, config.vllm.time_limit_seconds)
+            setting = f"address={config.vllm.address!r}" if config.vllm.address else "transfer='nccl'"
+            raise ConfigError(f"vllm.{setting} is for NCCL between GPUs, and model.device is {device}")
+        return NCCLTransport(config.vllm.address or "127.0.0.1", config.vllm.time_limit_seconds)
     folder = Path(config.vllm.weights_folder) if config.vllm.weights_folder else SHARED_MEMORY
     if config.lora.rank:
         return AdapterTransport.within(folder, policy.model)

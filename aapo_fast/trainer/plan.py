@@ -209,12 +209,15 @@ def head_buffer_bytes(rows: int, s: Shape, on_gpu: bool) -> float:
 
 
 def _rollout(config: Config, s: Shape, gpu: GPU) -> Iterator[Part]:
-    if config.rollout.engine == "vllm_server":
+    if _elsewhere(config):
         return
-    if config.rollout.engine == "vllm":
-        share = config.vllm.gpu_memory_utilization
-        formula = f"{share:g} of the device for weights and KV cache; asleep while training"
-        yield Part("vLLM", share * gpu.memory_bytes, "setting", "rollout", formula)
+    if config.rollout.engine != "hf":
+        share, beside = config.vllm.gpu_memory_utilization, config.rollout.engine == "vllm_server"
+        when = "a server beside the trainer" if beside else "asleep while training"
+        formula = f"{share:g} of the device for weights and KV cache; {when}"
+        yield Part("vLLM", share * gpu.memory_bytes, "setting", "always" if beside else "rollout", formula)
+        if beside:
+            yield _shared_with_server(config, s)
         return
     sequences, length = _sequences_at_once(config), config.data.max_prompt_tokens + config.rollout.max_tokens
     cache = FP32 * 2 * s.layers * s.key_value * sequences * length
@@ -224,6 +227,24 @@ def _rollout(config: Config, s: Shape, gpu: GPU) -> Iterator[Part]:
     yield Part("next-token logits", wide * sequences * s.vocab, "estimate", "rollout", f"{wide} D V")
     if in_bfloat16(config):
         yield Part("weights in bfloat16", 2 * (s.parameters - s.embeddings), "estimate", "rollout", "2 P, for the call")
+
+
+def _shared_with_server(config: Config, s: Shape) -> Part:
+    """What ``rollout.vllm.transfer`` publishes, for the policy and for a reference that is drawn anew each step."""
+    merged = s.parameters - (s.trained if config.lora.rank else 0)
+    sent = merged - s.embeddings + 2 * s.vocab * s.hidden
+    width = _engine_width(config) * (2 if config.reference.mode == "online" else 1)
+    return Part("copies for vLLM", width * sent, "arithmetic", "always", f"{width} P, a tied head counted again")
+
+
+def _elsewhere(config: Config) -> bool:
+    """Whether rollouts are other devices' work."""
+    return config.rollout.engine == "vllm_server" and config.vllm.transfer != "ipc"
+
+
+def _engine_width(config: Config) -> int:
+    """Bytes of a number in vLLM on a GPU."""
+    return FP32 if config.vllm.dtype == "float32" else 2
 
 
 def _sequences_at_once(config: Config) -> int:
@@ -240,7 +261,7 @@ def seconds(config: Config, shape: Shape, gpu: GPU) -> list[Part]:
     tokens = config.rollout.prompts_per_step * config.data.max_prompt_tokens + completions * config.rollout.max_tokens
     times = 2 if config.reference.mode == "online" else 1
     parts = []
-    if config.rollout.engine != "vllm_server":
+    if not _elsewhere(config):
         parts.append(_generation(config, shape, gpu, completions * times, length))
     flops = train_flops(config, shape, tokens, length)
     rate, kind = (gpu.bf16_flops, "bfloat16") if in_bfloat16(config) else (gpu.fp32_flops, "float32")
@@ -266,8 +287,7 @@ def _generation(config: Config, s: Shape, gpu: GPU, completions: int, length: in
     """A step of decoding reads all weights and the cache of the sequences so far (half of it on average): bound by the
     memory, as in Pope et al., arXiv 2211.05102, section 2.
     """
-    full = not in_bfloat16(config) if config.rollout.engine == "hf" else config.vllm.dtype == "float32"
-    width = FP32 if full else 2
+    width = _engine_width(config) if config.rollout.engine != "hf" else 2 if in_bfloat16(config) else FP32
     batches = -(-completions // config.rollout.max_batch_size)
     sequences = -(-completions // batches)
     read = width * (s.parameters + s.layers * s.key_value * sequences * length)

@@ -33,6 +33,7 @@ MAY_CHANGE = UNSAID | frozenset({
     "rollout.max_batch_size", "train.max_microbatch_tokens", "vllm.max_model_len",
     "vllm.gpu_memory_utilization", "vllm.cpu_kv_cache_gib", "vllm.tensor_parallel_size", "vllm.enforce_eager",
     "vllm.servers", "vllm.num_servers", "vllm.time_limit_seconds", "vllm.weights_folder", "vllm.address",
+    "vllm.transfer",
 })  # fmt: skip
 """Keys in which a run may differ from the one it resumes. Every other, a new one too, makes it another run."""
 

@@ -13,6 +13,7 @@ from aapo_fast.bench.shapes import Case, Head
 from aapo_fast.data.packing import Weighted
 from aapo_fast.models.load import take_over_attention
 from aapo_fast.models.recompute import recompute_layers
+from aapo_fast.rollout.vllm.weights import named_weights, size_bytes
 from aapo_fast.trainer import plan
 from aapo_fast.trainer.policy import Policy
 from aapo_fast.trainer.step import make_optimizer, optimizer_step
@@ -48,6 +49,21 @@ def parts(settings):
 
 def nbytes(tensors):
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("lora", "mode", "copies"), [(0, "cached", 1), (4, "cached", 1), (0, "online", 2)])
+def test_a_server_on_the_trainers_gpu_has_its_share_and_what_it_copies(tmp_path, lora, mode, copies, tied):
+    settings = make(save(tmp_path, tie_word_embeddings=tied), lora, engine="vllm_server")
+    elsewhere = parts(settings)
+    assert not {"vLLM", "copies for vLLM"} & set(elsewhere)
+    assert [part.name for part in plan.seconds(settings, plan.read_shape(settings), H100)] == ["train"]
+    vllm, reference = replace(settings.vllm, transfer="ipc"), replace(settings.reference, mode=mode)
+    settings = replace(settings, vllm=vllm, reference=reference)
+    found, policy = parts(settings), Policy.from_config(settings.model, 1.0, settings.loss, settings.lora)
+    assert found["vLLM"].amount == 0.4 * H100.memory_bytes and found["vLLM"].phase == "always"
+    assert found["copies for vLLM"].amount == copies * size_bytes(named_weights(policy.model, torch.bfloat16))
+    assert "rollout" in [part.name for part in plan.seconds(settings, plan.read_shape(settings), H100)]
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}], ids=str)

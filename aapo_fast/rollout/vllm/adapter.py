@@ -1,25 +1,20 @@
-"""The one file that imports vllm; written against 0.32.
+"""vLLM's engine in this process; written against 0.32. What else imports vllm is transfer.py.
 
-``LocalLLM`` is an engine in this process, reduced to what rollouts need: tokens in, tokens and log-probabilities out,
-weights in. ``NCCLTransport`` sends weights from this GPU to those of a server.
+``LocalLLM`` is reduced to what rollouts need: tokens in, tokens and log-probabilities out, weights in.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import threading
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from aapo_fast.rollout.vllm.client import ServerClient, ServerError
-from aapo_fast.rollout.vllm.process import free_port
 from aapo_fast.rollout.vllm.samples import Completion, stream_seed
 from aapo_fast.rollout.vllm.settings import EngineSettings, telling_line
 from aapo_fast.rollout.vllm.weights import Weights
@@ -196,92 +191,3 @@ def _completion(output: Any) -> Completion:
     tokens = list(output.token_ids)
     logprobs = [entry[token].logprob for token, entry in zip(tokens, output.logprobs or [], strict=False)]
     return Completion(tokens, logprobs, output.finish_reason)
-
-
-class NCCLTransport:
-    """Weights from this process's GPU straight to those of each server; takes the place of ``FolderTransport``.
-
-    What is published is a copy on this GPU: the policy may be training when a server that was restarted loads it.
-
-    Args:
-        address: of this host, as the servers reach it.
-        time_limit_seconds: of one transfer.
-    """
-
-    def __init__(self, address: str, time_limit_seconds: float) -> None:
-        self._address, self._limit = address, time_limit_seconds
-        self._published: dict[str, list[tuple[str, Tensor]]] = {}
-        self._senders: dict[ServerClient, Any] = {}
-        self._one_at_a_time = threading.Lock()
-
-    def publish(self, name: str, weights: Iterable[tuple[str, Tensor]]) -> None:
-        tensors = [(key, tensor.clone()) for key, tensor in weights]
-        for old in [key for key in self._published if key != "reference"]:
-            del self._published[old]
-        self._published[name] = tensors
-
-    def load(self, client: ServerClient, name: str) -> None:
-        """Send to a paused server.
-
-        Raises:
-            ServerError: it took too long or failed. The group is given up; the server has to be restarted.
-        """
-        done: list[BaseException | None] = []
-
-        def send() -> None:
-            try:
-                with self._one_at_a_time:  # communicators that share a GPU wait for each other in any order
-                    device = self._published[name][0][1].device
-                    if device.type == "cuda":
-                        torch.cuda.set_device(device)
-                    sender = self._sender(client)
-                    sender.source.tensors = self._published[name]
-                    sender.send_weights()
-                done.append(None)
-            except BaseException as error:
-                done.append(error)
-
-        # NCCL waits for a peer that is gone for ever; a thread can be left behind.
-        thread = threading.Thread(target=send, daemon=True)
-        thread.start()
-        thread.join(self._limit)
-        if not done:
-            self._senders.pop(client, None)
-            raise ServerError(
-                f"{client.url}: weights were not transferred within {self._limit:g} s; restart the server"
-            )
-        if done[0] is not None:
-            self._senders.pop(client, None)
-            raise ServerError(f"{client.url}: weights could not be transferred: {done[0]}") from done[0]
-
-    def close(self) -> None:
-        for sender in self._senders.values():
-            sender.shutdown()
-
-    def _sender(self, client: ServerClient) -> Any:
-        if client not in self._senders:
-            from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-            from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-
-            info = NCCLTrainerInitInfo(self._address, free_port(), client.world_size() + 1, rank=0)
-            self._senders[client] = WeightTransferTrainerFactory.trainer_init(
-                info, client=client, source=weight_source([])
-            )
-        return self._senders[client]
-
-
-def weight_source(tensors: list[tuple[str, Tensor]]) -> Any:
-    """vLLM's ``WeightSource`` over a list that may be exchanged between transfers."""
-    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-
-    class Source(WeightSource):
-        def __init__(self) -> None:
-            self.tensors = tensors
-
-        def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors]
-
-        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            return iter(self.tensors)
-
-    return Source()

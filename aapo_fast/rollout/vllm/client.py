@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import pickle
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -156,6 +158,10 @@ class ServerClient:
         self._call("POST", "/start_weight_update", self._limit)
 
     def update_weights(self, update_info: Any) -> None:
+        handles = update_info.get("ipc_handles")
+        if handles is not None:  # what JSON cannot carry; the route takes it pickled, and in no other form
+            pickled = base64.b64encode(pickle.dumps(handles)).decode()
+            update_info = update_info | {"ipc_handles": None, "ipc_handles_pickled": pickled}
         self._call("POST", "/update_weights", self._limit, json={"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -18,6 +19,8 @@ from aapo_fast.rollout.vllm.settings import EngineSettings, telling_line
 
 TERMINATE_SECONDS = 20.0
 POLL_SECONDS = 5.0  # of one question while it starts: a server that is not quite there may never answer the first
+READING_HANDLES = {"ipc": {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}}
+"""CUDA IPC handles come as a pickle, which vLLM reads where this is set: in our servers, on loopback, with a key."""
 _given_out: set[int] = set()
 
 
@@ -32,8 +35,8 @@ def command(settings: EngineSettings, host: str, port: int) -> list[str]:
         else:
             line += [option, str(value)]
     line += ["--middleware", PATH, "--disable-uvicorn-access-log"]
-    if settings.device == "cuda":
-        line += ["--weight-transfer-config", '{"backend": "nccl"}']
+    if settings.weight_transfer:
+        line += ["--weight-transfer-config", json.dumps({"backend": settings.weight_transfer})]
     return line
 
 
@@ -94,6 +97,7 @@ class ServerProcess:
                 env={
                     **environment(self.settings, self.api_key),
                     **(self.extra_environment or {}),
+                    **READING_HANDLES.get(self.settings.weight_transfer, {}),
                     END_WITH_PARENT: "1",
                 },
                 stdin=subprocess.PIPE,  # closed when we end, however we end: guard.py waits for that

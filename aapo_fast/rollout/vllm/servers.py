@@ -101,6 +101,7 @@ class VLLMServersEngine:
 
     Raises:
         ServerError: a server cannot be reached or started.
+        UserError: weights cannot go to one by this transport.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class VLLMServersEngine:
         self._want(self._policy)
 
     def free_memory(self) -> None:
-        """The servers have devices of their own."""
+        """The servers keep theirs, on devices of their own or, by IPC, the share of ours that they were given."""
 
     def metrics(self) -> dict[str, float]:
         found, self._metrics = self._metrics, {}
@@ -259,6 +260,7 @@ class VLLMServersEngine:
 
     def _load(self, server: Server) -> None:
         assert server.client is not None
+        self._transport.check(server.client)
         server.holds = ""
         version = 0 if self._wanted == "reference" else self.weight_version
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,6 +28,7 @@ class EngineSettings:
         enforce_eager: no CUDA graphs and no compilation: starts sooner, generates slower. Always so on a CPU.
         seed: of what vLLM draws without a seed of its own; completions have theirs.
         lora_rank: of the adapter that requests may ask for; 0 for none.
+        weight_transfer: "nccl" or "ipc": which of vLLM's own ways a server takes weights by; "" for none of them.
     """
 
     model: str
@@ -41,6 +42,7 @@ class EngineSettings:
     enforce_eager: bool = False
     seed: int = 0
     lora_rank: int = 0
+    weight_transfer: Literal["", "nccl", "ipc"] = ""
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``vllm.LLM``; as options, those of its server."""

@@ -1,4 +1,4 @@
-"""How weights reach a server: through a folder that both can read. On GPUs NCCL is quicker: adapter.py."""
+"""How weights reach a server: through a folder that both can read. From GPU to GPU: transfer.py."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ class Transport(Protocol):
 
     def publish(self, name: str, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Get the weights ready for all servers."""
+        ...
+
+    def check(self, client: ServerClient) -> None:
+        """Raises UserError, before anything is done to a server, if it is none that they may go to."""
         ...
 
     def load(self, client: ServerClient, name: str) -> None:
@@ -91,6 +95,9 @@ class FolderTransport:
     def path(self, name: str) -> Path:
         """The folder of what was published as ``name``."""
         return self._folder / name
+
+    def check(self, client: ServerClient) -> None:
+        """Any server; one that does not see the folder says so."""
 
     def load(self, client: ServerClient, name: str) -> None:
         """Have a paused server read the weights published as ``name``."""

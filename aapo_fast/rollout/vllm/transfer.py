@@ -1,0 +1,171 @@
+"""vLLM's own weight transfer, from this process's GPU to a server's; written against 0.32. Each takes the place of
+``transport.FolderTransport``.
+
+NCCL    to a server on GPUs of its own, on this host or another
+IPC     to a server that we started on this process's own GPU: handles travel, and its worker copies out of our memory
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aapo_fast.rollout.vllm.client import ServerClient, ServerError
+from aapo_fast.rollout.vllm.process import ServerProcess, free_port
+from aapo_fast.types import UserError
+
+
+class _GPUTransport:
+    """What is published is a copy on this GPU: the policy may be training when a server that was restarted loads it."""
+
+    def __init__(self) -> None:
+        self._published: dict[str, list[tuple[str, Tensor]]] = {}
+
+    def publish(self, name: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for old in [key for key in self._published if key != "reference"]:  # first: there may be no room for two
+            del self._published[old]
+        self._published[name] = [(key, tensor.clone()) for key, tensor in weights]
+
+
+class NCCLTransport(_GPUTransport):
+    """Weights from this process's GPU straight to those of each server.
+
+    Args:
+        address: of this host, as the servers reach it.
+        time_limit_seconds: of one transfer.
+    """
+
+    def __init__(self, address: str, time_limit_seconds: float) -> None:
+        super().__init__()
+        self._address, self._limit = address, time_limit_seconds
+        self._senders: dict[ServerClient, Any] = {}
+        self._one_at_a_time = threading.Lock()
+
+    def check(self, client: ServerClient) -> None:
+        """Any server that was started for it."""
+
+    def load(self, client: ServerClient, name: str) -> None:
+        """Send to a paused server.
+
+        Raises:
+            ServerError: it took too long or failed. The group is given up; the server has to be restarted.
+        """
+        done: list[BaseException | None] = []
+
+        def send() -> None:
+            try:
+                with self._one_at_a_time:  # communicators that share a GPU wait for each other in any order
+                    device = self._published[name][0][1].device
+                    if device.type == "cuda":
+                        torch.cuda.set_device(device)
+                    sender = self._sender(client)
+                    sender.source.tensors = self._published[name]
+                    sender.send_weights()
+                    sender.source.tensors = []  # or they would outlive the next ones' publication
+                done.append(None)
+            except BaseException as error:
+                done.append(error)
+
+        # NCCL waits for a peer that is gone for ever; a thread can be left behind.
+        thread = threading.Thread(target=send, daemon=True)
+        thread.start()
+        thread.join(self._limit)
+        if not done:
+            self._senders.pop(client, None)
+            raise ServerError(
+                f"{client.url}: weights were not transferred within {self._limit:g} s; restart the server"
+            )
+        if done[0] is not None:
+            self._senders.pop(client, None)
+            raise ServerError(f"{client.url}: weights could not be transferred: {done[0]}") from done[0]
+
+    def close(self) -> None:
+        for sender in self._senders.values():
+            sender.shutdown()
+
+    def _sender(self, client: ServerClient) -> Any:
+        if client not in self._senders:
+            from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+            from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+            info = NCCLTrainerInitInfo(self._address, free_port(), client.world_size() + 1, rank=0)
+            self._senders[client] = WeightTransferTrainerFactory.trainer_init(
+                info, client=client, source=weight_source([])
+            )
+        return self._senders[client]
+
+
+class IPCTransport(_GPUTransport):
+    """Weights as CUDA IPC handles to servers on this process's GPU, whose workers copy out of its memory.
+
+    Over HTTP the handles are a pickle, and whoever may send one may run code in the server. ``ServerProcess`` lets none
+    but servers of our own read it, which listen on loopback and ask for our key; no other gets any.
+
+    Args:
+        processes: the servers that we started, all on ``device``: vLLM opens a handle on the GPU that made it alone.
+        device: this process's GPU.
+
+    Raises:
+        UserError: ``device`` is no GPU.
+    """
+
+    def __init__(self, processes: Sequence[ServerProcess], device: torch.device) -> None:
+        super().__init__()
+        if device.type != "cuda":
+            raise UserError(f"vllm.transfer='ipc' shares a GPU's memory, and the policy is on {device}; use 'file'")
+        self._processes = processes
+
+    def check(self, client: ServerClient) -> None:
+        """Raises UserError unless we started the server."""
+        if client.url not in [process.url for process in self._processes]:
+            raise UserError(
+                f"{client.url} was not started by this run, and vllm.transfer='ipc' sends a pickle, which no other "
+                "server should read; use 'nccl' or 'file'"
+            )
+
+    def load(self, client: ServerClient, name: str) -> None:
+        """Have a paused server copy the weights published as ``name``; each of its answers has the client's limit.
+
+        Raises:
+            ServerError: the server could not, or did not answer.
+            UserError: this process cannot share the memory. Another try would end the same.
+        """
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+        tensors = self._published[name]
+        source = weight_source(tensors)
+        try:
+            torch.cuda.set_device(tensors[0][1].device)  # of this thread
+            # Without a rendezvous it costs one request, and nothing is left of a server that was restarted.
+            sender = WeightTransferTrainerFactory.trainer_init(IPCTrainerInitInfo(rank=0), client=client, source=source)
+            sender.send_weights()
+        except RuntimeError as error:
+            raise UserError(
+                f"vllm.transfer='ipc': the GPU's memory could not be shared ({error}); expandable segments in "
+                "PYTORCH_CUDA_ALLOC_CONF are one cause; use 'file'"
+            ) from error
+
+    def close(self) -> None:
+        self._published.clear()
+
+
+def weight_source(tensors: list[tuple[str, Tensor]]) -> Any:
+    """vLLM's ``WeightSource`` over a list that may be exchanged between transfers."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    class Source(WeightSource):
+        def __init__(self) -> None:
+            self.tensors = tensors
+
+        def metadata(self) -> list[ParamMeta]:
+            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors]
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            return iter(self.tensors)
+
+    return Source()
