@@ -91,8 +91,8 @@ def make_policy(ranks, family="llama", dtype="float64", lora_rank=0, **loss):
 
 
 def gradient(ranks, samples, seeds, max_tokens, policy):
-    """What the optimizer is handed, whole, on average over seeds; what the step says of the first; and how many
-    microbatches this rank had.
+    """What the optimizer is handed, whole, on average over seeds; what the step says of the first; and this rank's
+    microbatches, each as its seed and the number of its samples.
     """
     from aapo_fast.config import TrainConfig
     from aapo_fast.ops.linear_policy.sharded import whole
@@ -101,12 +101,13 @@ def gradient(ranks, samples, seeds, max_tokens, policy):
     config = TrainConfig(max_grad_norm=0.0, max_microbatch_tokens=max_tokens)
     made = make_policy(ranks, **policy)
     optimizer = make_optimizer(made, config)
-    taken, sizes, real = [], [], made.batch
-    made.batch = lambda part: sizes.append(len(part)) or real(part)
+    taken, parts, batch, loss = [], [], made.batch, made.loss
+    made.batch = lambda part: parts.append(len(part)) or batch(part)
+    made.loss = lambda *given: parts.append((given[-1], parts.pop())) or loss(*given)
     parameters = [p for p in made.trained.parameters() if p.requires_grad]
     optimizer.step = lambda: taken.append(torch.cat([whole(p.grad).flatten() for p in parameters]))
     found = [optimizer_step(made, optimizer, samples, config, 1e-3, seed) for seed in seeds]
-    return sum(taken) / len(taken) if taken else None, found[0], sizes
+    return sum(taken) / len(taken) if taken else None, found[0], parts
 
 
 def trained(ranks, steps, policy):

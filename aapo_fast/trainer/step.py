@@ -28,6 +28,8 @@ class StepResult:
         trained_tokens: completion tokens with a loss: those with an advantage; all, under an entropy bonus or z-loss.
         saved_token_share: tokens that shared prompts spared the forward passes, less padding, as a share of one row a
             completion.
+        waiting_share: of the ranks' time, in which they wait for the longest microbatch of each round; computed from
+            what microbatches have to compute, not measured. 0 for one rank.
         microbatch_tokens: limit of a microbatch, as it was in the end ...
         ran_out_of_memory: ... and whether it had to be lowered for the memory of the GPU.
         updated: False if the weights stayed as they were: no token had a weight, or the gradient was not finite.
@@ -40,6 +42,7 @@ class StepResult:
     grad_norm: float
     trained_tokens: int
     saved_token_share: float
+    waiting_share: float
     microbatch_tokens: int
     ran_out_of_memory: bool
     updated: bool
@@ -108,6 +111,7 @@ def optimizer_step(
         grad_norm=0.0,
         trained_tokens=0,
         saved_token_share=0.0,
+        waiting_share=sums.waiting_share,
         microbatch_tokens=fitted,
         ran_out_of_memory=fitted < wanted,
         updated=False,
