@@ -110,12 +110,12 @@ def gradient(ranks, samples, seeds, max_tokens, policy):
     return sum(taken) / len(taken) if taken else None, found[0], parts
 
 
-def trained(ranks, steps, policy):
+def trained(ranks, steps, policy, offload=False):
     """Parameters after AdamW steps on the samples of each, and what each step says."""
     from aapo_fast.config import TrainConfig
     from aapo_fast.trainer.step import make_optimizer, optimizer_step
 
-    config = TrainConfig(max_grad_norm=1.0, max_microbatch_tokens=40)
+    config = TrainConfig(max_grad_norm=1.0, max_microbatch_tokens=40, offload_optimizer=offload)
     made = make_policy(ranks, **policy)
     optimizer = make_optimizer(made, config)
     found = [optimizer_step(made, optimizer, samples, config, 1e-3) for samples in steps]
@@ -143,6 +143,7 @@ def train(ranks, tree, dies_at=0, interrupted_in=0, servers=False):
             signal.raise_signal(signal.SIGTERM)
 
     loop.train_step = step
+    setup.check_offload = lambda config: None  # which refuses it on a CPU, where alone it can be tested
     if servers:
         setup.make_engine = snapshot_engine
     notes = Notes()

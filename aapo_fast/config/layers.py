@@ -194,6 +194,9 @@ class TrainConfig:
     beta2: float = option(0.999, "AdamW's second moment")
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0 never clips")
     max_microbatch_tokens: int = option(4096, "tokens of one forward and backward pass")
+    offload_optimizer: bool = option(
+        False, "AdamW's moments in the host's memory, and its arithmetic there: 8 bytes a parameter less on the GPU"
+    )
     max_nonfinite_steps: int = option(3, "skipped steps in a row (NaN or infinite gradient) after which the run stops")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -13,6 +15,7 @@ from aapo_fast.data.packing import Weighted
 from aapo_fast.ops.linear_policy.sharded import whole
 from aapo_fast.trainer.gradient import accumulate
 from aapo_fast.trainer.mismatch import Mismatch
+from aapo_fast.trainer.offload import OffloadedAdamW
 from aapo_fast.trainer.policy import Policy
 from aapo_fast.types import UserError
 
@@ -51,13 +54,16 @@ class StepResult:
 
 
 def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over all parameters; decay, where wanted, on matrices only."""
-    parameters = [p for p in policy.trained.parameters() if p.requires_grad]
+    """AdamW over all parameters, by name; decay, where wanted, on matrices only."""
+    parameters = [(name, p) for name, p in policy.trained.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [(name, p) for name, p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [(name, p) for name, p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    groups = [group for group in groups if group["params"]]  # an adapter has no vectors
+    adamw: Any = OffloadedAdamW if config.offload_optimizer else partial(torch.optim.AdamW, fused=True)
+    made: torch.optim.Optimizer = adamw(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2))
+    return made
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -135,8 +141,9 @@ def optimizer_step(
             optimizer.step()
         except torch.OutOfMemoryError as error:  # at the first, which makes the moments
             raise UserError(
-                f"{str(error).split('. ')[0]} in the optimizer, which takes 8 bytes a trained parameter; train an "
-                "adapter (lora.rank), or on several GPUs (docs/scaling.md)"
+                f"{str(error).split('. ')[0]} in the optimizer, which takes 8 bytes a trained parameter; put it into "
+                "the host's memory (train.offload_optimizer=true), train an adapter (lora.rank), or on several GPUs "
+                "(docs/scaling.md)"
             ) from error
         policy.collect()
     optimizer.zero_grad(set_to_none=True)
