@@ -82,6 +82,8 @@ def test_tokens_alone_are_not_the_work():
     for pair, short in ((0.01, 64), (0.0, 48)):
         [[*parts]] = rounds(samples, 50_000, Work(1.0, pair, 0.0), 2)
         assert short in map(len, parts)
+    parts = itertools.chain(*rounds(samples, 10_000, Work(1.0, 0.01, 0.0), 2))
+    assert max(map(tokens, parts)) <= 10_000
 
 
 def test_groups_stay_whole_where_they_fit():
