@@ -8,6 +8,7 @@ import os
 import signal
 import tempfile
 import traceback
+from functools import cache
 from pathlib import Path
 
 import support
@@ -70,7 +71,7 @@ def _rank(rank, world, environment, end, name, arguments):
 # --- optimizer steps ------------------------------------------------------------------------------------------------
 
 
-def make_policy(ranks, family="llama", dtype="float64", lora_rank=0, **loss):
+def make_policy(ranks, family="llama", dtype="float64", lora_rank=0, compiled=False, **loss):
     from aapo_fast.config import LossConfig
     from aapo_fast.models import attention
     from aapo_fast.models.lora import add_adapter
@@ -81,6 +82,11 @@ def make_policy(ranks, family="llama", dtype="float64", lora_rank=0, **loss):
     sparse.DENSE_SHARE = 10.0  # a vocabulary of 45 would always be dense
     model = support.tiny(family, dtype=getattr(torch, dtype))
     model.set_attn_implementation(attention.NAME)
+    if compiled:
+        from aapo_fast.models import compiled as layers
+
+        layers._compile = cache(lambda forward: torch.compile(forward, dynamic=True, backend="eager"))
+        layers.compile_layers(model.model, torch.device("cpu"))
     if lora_rank:
         torch.manual_seed(ranks.rank)  # all must begin with the first rank's
         model = add_adapter(model, lora_rank, 32.0, ["all-linear"])

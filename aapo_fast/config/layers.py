@@ -43,8 +43,11 @@ class ModelConfig:
     activation_checkpointing: Literal["none", "selective", "full"] = option(
         "none", "compute again in the backward pass: selective: all but products and attention; full: whole layers"
     )
+    compile: bool = option(
+        False, "torch.compile of the layers in training, attention apart; the first steps wait for the compiler"
+    )
     liger: Literal["auto", "off"] = option(
-        "auto", "auto: Liger's norms, RoPE and gated layers on a GPU, where liger-kernel is installed"
+        "auto", "auto: Liger's norms, RoPE and gated layers on a GPU, if liger-kernel is installed and nothing compiled"
     )
 
 
