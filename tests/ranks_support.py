@@ -8,6 +8,7 @@ import os
 import signal
 import tempfile
 import traceback
+from functools import cache
 from pathlib import Path
 
 import support
@@ -81,7 +82,7 @@ def explode(model, channel):
     return model
 
 
-def make_policy(ranks, family="llama", dtype="float64", lora_rank=0, explodes_in=None, **loss):
+def make_policy(ranks, family="llama", dtype="float64", lora_rank=0, explodes_in=None, compiled=False, **loss):
     from aapo_fast.config import LossConfig
     from aapo_fast.models import attention
     from aapo_fast.models.lora import add_adapter
@@ -94,6 +95,11 @@ def make_policy(ranks, family="llama", dtype="float64", lora_rank=0, explodes_in
     model.set_attn_implementation(attention.NAME)
     if explodes_in is not None:
         explode(model, explodes_in)
+    if compiled:
+        from aapo_fast.models import compiled as layers
+
+        layers._compile = cache(lambda forward: torch.compile(forward, dynamic=True, backend="eager"))
+        layers.compile_layers(model.model, torch.device("cpu"))
     if lora_rank:
         torch.manual_seed(ranks.rank)  # all must begin with the first rank's
         model = add_adapter(model, lora_rank, 32.0, ["all-linear"])
@@ -104,8 +110,8 @@ def make_policy(ranks, family="llama", dtype="float64", lora_rank=0, explodes_in
 
 
 def gradient(ranks, samples, seeds, max_tokens, policy):
-    """What the optimizer is handed, whole, on average over seeds; what the step says of the first; and how many
-    microbatches this rank had.
+    """What the optimizer is handed, whole, on average over seeds; what the step says of the first; and this rank's
+    microbatches, each as its seed and the number of its samples.
     """
     from aapo_fast.config import TrainConfig
     from aapo_fast.ops.linear_policy.sharded import whole
@@ -114,20 +120,21 @@ def gradient(ranks, samples, seeds, max_tokens, policy):
     config = TrainConfig(max_grad_norm=0.0, max_microbatch_tokens=max_tokens)
     made = make_policy(ranks, **policy)
     optimizer = make_optimizer(made, config)
-    taken, sizes, real = [], [], made.batch
-    made.batch = lambda part: sizes.append(len(part)) or real(part)
+    taken, parts, batch, loss = [], [], made.batch, made.loss
+    made.batch = lambda part: parts.append(len(part)) or batch(part)
+    made.loss = lambda *given: parts.append((given[-1], parts.pop())) or loss(*given)
     parameters = [p for p in made.trained.parameters() if p.requires_grad]
     optimizer.step = lambda: taken.append(torch.cat([whole(p.grad).flatten() for p in parameters]))
     found = [optimizer_step(made, optimizer, samples, config, 1e-3, seed) for seed in seeds]
-    return sum(taken) / len(taken) if taken else None, found[0], sizes
+    return sum(taken) / len(taken) if taken else None, found[0], parts
 
 
-def trained(ranks, steps, policy):
+def trained(ranks, steps, policy, offload=False):
     """Parameters after AdamW steps on the samples of each, and what each step says."""
     from aapo_fast.config import TrainConfig
     from aapo_fast.trainer.step import make_optimizer, optimizer_step
 
-    config = TrainConfig(max_grad_norm=1.0, max_microbatch_tokens=40)
+    config = TrainConfig(max_grad_norm=1.0, max_microbatch_tokens=40, offload_optimizer=offload)
     made = make_policy(ranks, **policy)
     optimizer = make_optimizer(made, config)
     found = [optimizer_step(made, optimizer, samples, config, 1e-3) for samples in steps]
@@ -155,6 +162,7 @@ def train(ranks, tree, dies_at=0, interrupted_in=0, servers=False):
             signal.raise_signal(signal.SIGTERM)
 
     loop.train_step = step
+    setup.check_offload = lambda config: None  # which refuses it on a CPU, where alone it can be tested
     if servers:
         setup.make_engine = snapshot_engine
     notes = Notes()

@@ -36,7 +36,7 @@ def show_plan(config: Config, device: str, memory_gib: float | None) -> int:
     rows = [_row(part, f"{part.amount / 2**30:.2f}") for part in parts]
     display.table("memory", ("", "GiB", "when", "", "how"), rows, numbers=(1,))
     needed, there = plan.peak(parts), gpu.memory_bytes - RESERVED_BYTES
-    largest = max(parts, key=lambda part: part.amount)
+    largest = max((part for part in parts if part.phase != "host"), key=lambda part: part.amount)
     display.note(
         f"at most {needed / 2**30:.1f} GiB at once of {there / 2**30:.1f} ({gpu.name}, less 1 for CUDA); "
         f"most of it: {largest.name}"
@@ -55,12 +55,16 @@ def _row(part: Part, amount: str) -> list[str]:
 
 def _remedy(config: Config, shape: Shape, parts: list[Part], there: float) -> str:
     """What to change first: of what can be had for a setting, the largest."""
-    fixed = sum(p.amount for p in parts if p.name in ("weights", "gradients", "AdamW moments"))
-    if fixed > there:
-        if not config.lora.rank:
-            return "weights, gradients and moments alone are too much for one device; train an adapter: --lora.rank 32"
-        return "the frozen weights alone are too much for one device; take a smaller model"
-    largest = max((p for p in parts if p.name not in ("weights", "gradients", "AdamW moments")), key=lambda p: p.amount)
+    here = [p for p in parts if p.phase != "host"]
+    fixed = {p.name: p.amount for p in here if p.name in ("weights", "gradients", "AdamW moments")}
+    if sum(fixed.values()) > there:
+        if config.lora.rank:
+            return "the frozen weights alone are too much for one device; take a smaller model"
+        names = "weights and gradients" if config.train.offload_optimizer else "weights, gradients and moments"
+        remedy = f"{names} alone are too much for one device; train an adapter: --lora.rank 32"
+        fits = sum(fixed.values()) - fixed.get("AdamW moments", 0.0) <= there
+        return remedy + (", or put the moments on the host: --train.offload_optimizer true" if fits else "")
+    largest = max((p for p in here if p.name not in fixed), key=lambda p: p.amount)
     if largest.name == "activations":
         tokens = config.data.max_prompt_tokens + config.rollout.max_tokens
         if config.train.max_microbatch_tokens > tokens:

@@ -164,6 +164,11 @@ def _check_combinations(c: Config) -> None:
         raise ConfigError(f"train.warmup_steps={c.train.warmup_steps} must be below train.steps={c.train.steps}")
     if c.eval.every and not c.data.held_out:
         raise ConfigError(f"eval.every={c.eval.every} needs problems to evaluate on; set data.held_out above 0")
+    if c.model.compile and c.model.activation_checkpointing == "selective":
+        raise ConfigError(
+            "model.activation_checkpointing='selective' cannot look into layers that model.compile=true has compiled, "
+            "which choose for themselves what to compute again; set it to 'none' or 'full'"
+        )
     if c.data.system_prompt and not c.data.chat_template:
         raise ConfigError("data.system_prompt needs data.chat_template=true, which is what gives messages their form")
     if any(not s for s in c.rollout.stop):

@@ -43,8 +43,11 @@ class ModelConfig:
     activation_checkpointing: Literal["none", "selective", "full"] = option(
         "none", "compute again in the backward pass: selective: all but products and attention; full: whole layers"
     )
+    compile: bool = option(
+        False, "torch.compile of the layers in training, attention apart; the first steps wait for the compiler"
+    )
     liger: Literal["auto", "off"] = option(
-        "auto", "auto: Liger's norms, RoPE and gated layers on a GPU, where liger-kernel is installed"
+        "auto", "auto: Liger's norms, RoPE and gated layers on a GPU, if liger-kernel is installed and nothing compiled"
     )
 
 
@@ -199,6 +202,9 @@ class TrainConfig:
     beta2: float = option(0.999, "AdamW's second moment")
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0 never clips")
     max_microbatch_tokens: int = option(4096, "tokens of one forward and backward pass")
+    offload_optimizer: bool = option(
+        False, "AdamW's moments in the host's memory, and its arithmetic there: 8 bytes a parameter less on the GPU"
+    )
     max_nonfinite_steps: int = option(3, "skipped steps in a row (their gradient NaN or infinite) that stop the run")
 
 

@@ -1,4 +1,4 @@
-"""Samples to batches: packed without padding and with shared prompts, or right-padded for models that need it.
+"""Microbatches to tensors: packed without padding and with shared prompts, or right-padded for models that need it.
 
 Packed, the tokens of a batch lie in one row. Completions of the same prompt share its tokens: the prompt is computed
 once and each completion sees the prompt and itself. The last token of a completion predicts nothing and is left out.
@@ -30,45 +30,6 @@ class Weighted:
 
     sample: Sample
     advantage: float
-
-
-def microbatches(samples: Sequence[Weighted], max_tokens: int) -> Iterator[list[Weighted]]:
-    """Cut a step into parts of at most ``max_tokens`` packed tokens. Completions of one prompt stay together while they
-    fit; a single sample may exceed the budget, and then travels alone.
-    """
-    ordered = sorted(samples, key=lambda w: w.sample.prompt_ids)  # stable: brings equal prompts together
-    part: list[Weighted] = []
-    tokens = 0
-    for weighted in ordered:
-        prompt, completion = weighted.sample.prompt_ids, len(weighted.sample.token_ids)
-        shared = bool(part) and part[-1].sample.prompt_ids == prompt
-        cost = completion + (0 if shared else len(prompt))
-        if part and tokens + cost > max_tokens:
-            yield part
-            part, tokens, cost = [], 0, completion + len(prompt)
-        part.append(weighted)
-        tokens += cost
-    if part:
-        yield part
-
-
-def shares(samples: Sequence[Weighted], count: int) -> list[list[Weighted]]:
-    """One share for each of ``count`` ranks, of about as many tokens each: completions of one prompt stay together, and
-    the longest groups are dealt out first, each to the rank that has least.
-    """
-    if count == 1:
-        return [list(samples)]
-    groups: dict[tuple[int, ...], list[Weighted]] = {}
-    for weighted in samples:
-        groups.setdefault(weighted.sample.prompt_ids, []).append(weighted)
-    sizes = {prompt: len(prompt) + sum(len(w.sample.token_ids) for w in group) for prompt, group in groups.items()}
-    dealt: list[list[Weighted]] = [[] for _ in range(count)]
-    loads = [0] * count
-    for prompt in sorted(groups, key=lambda p: -sizes[p]):  # stable: every rank deals alike
-        rank = loads.index(min(loads))
-        dealt[rank] += groups[prompt]
-        loads[rank] += sizes[prompt]
-    return dealt
 
 
 def pack(samples: Sequence[Weighted], device: torch.device | str = "cpu", ragged: bool = False) -> Batch:

@@ -1,11 +1,13 @@
 """Attention over packed rows, through Transformers' attention interface.
 
 The model is loaded with the attention named ``NAME``. A call that brings ``packing=`` (a packed training batch) runs
-the problems of the batch, by flash attention where it brings ``flash=`` too; any other call (generation, with its KV
-cache) is Transformers' own SDPA, or the same sums written out where the model caps its attention scores.
+the problems of the batch, by flash attention where the packing has it; any other call (generation, with its KV cache)
+is Transformers' own SDPA, or the same sums written out where the model caps its attention scores.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,17 @@ from aapo_fast.types import Ragged, Segments
 NAME = "aapo_fast_packed"
 
 
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """The attention problems of a packed batch, and what computes ragged ones. One object, which compiled layers hand
+    on unopened: they are the same code however many problems there are (a tuple's length they would insist on).
+    """
+
+    problems: tuple[Segments, ...] | Ragged
+    flash: Flash | None
+
+
+@torch.compiler.disable
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -28,8 +41,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    packing: tuple[Segments, ...] | Ragged | None = None,
-    flash: Flash | None = None,
+    packing: Packing | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: object,
@@ -45,13 +57,14 @@ def packed_attention(
         seen = _causal(query, key) if attention_mask is None else attention_mask
         return _attend(query, key, value, seen, scaling, dropout, softcap, groups).transpose(1, 2), None
     rows_q, rows_k, rows_v = (t[0].transpose(0, 1) for t in (query, key, value))
-    if isinstance(packing, Ragged):
-        assert flash is not None
+    problems = packing.problems
+    if isinstance(problems, Ragged):
+        assert packing.flash is not None
         rows_q, rows_k, rows_v = (_autocast(t) for t in (rows_q, rows_k, rows_v))
-        seen_k, seen_v = rows_k.index_select(0, packing.key_index), rows_v.index_select(0, packing.key_index)
-        return flash(rows_q, seen_k, seen_v, packing, Scores(scaling, sliding_window, softcap))[None], None
+        seen_k, seen_v = rows_k.index_select(0, problems.key_index), rows_v.index_select(0, problems.key_index)
+        return packing.flash(rows_q, seen_k, seen_v, problems, Scores(scaling, sliding_window, softcap))[None], None
     out = query.new_zeros(query.shape[2], query.shape[1], query.shape[3])
-    for segments in packing:
+    for segments in problems:
         q = _gather(rows_q, segments.query_index)
         k = _gather(rows_k, segments.key_index)
         v = _gather(rows_v, segments.key_index)

@@ -7,6 +7,7 @@ full         only the inputs of layers are kept; a third more arithmetic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import MethodType
 from typing import Any, Literal
@@ -42,14 +43,15 @@ def recompute_layers(decoder: nn.Module, kind: Literal["none", "selective", "ful
     if kind == "selective":
         more["context_fn"] = partial(create_selective_checkpoint_contexts, _keep)
     for layer in layers:
-        layer.forward = MethodType(partial(_recomputed, more), layer)
+        forward: Any = layer.forward  # of its class, or what ``models.compiled`` has put there
+        layer.forward = MethodType(partial(_recomputed, more, forward.__func__), layer)
 
 
-def _recomputed(more: dict[str, Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _recomputed(more: dict[str, Any], function: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """``forward`` of a layer, as a method of it: a copy of the layer, for a frozen reference or for shards, must not go
     on computing with the layer that it was copied from.
     """
-    forward = partial(type(layer).forward, layer)
+    forward = partial(function, layer)
     if not torch.is_grad_enabled():  # it generates
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, **more, **kwargs)

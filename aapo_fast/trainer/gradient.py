@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from aapo_fast.data.packing import Weighted, microbatches, shares
+from aapo_fast.data.microbatches import Work, microbatches, rounds, waiting_share
+from aapo_fast.data.packing import Weighted
 from aapo_fast.trainer.policy import Policy
 from aapo_fast.trainer.ranks import Ranks
 from aapo_fast.types import UserError
@@ -23,6 +24,7 @@ class Sums:
         trained_tokens: completion tokens with a loss.
         computed_tokens: of the forward passes, padding included.
         separate_tokens: that one row a completion would have had, each with its prompt.
+        waiting_share: of the time of all ranks, by the work that each of their microbatches has.
         logps, rollout_logps: of the trained tokens, by the trainer and by the rollout engine.
     """
 
@@ -31,6 +33,7 @@ class Sums:
     trained_tokens: int = 0
     computed_tokens: int = 0
     separate_tokens: int = 0
+    waiting_share: float = 0.0
     logps: list[Tensor] = field(default_factory=list)
     rollout_logps: list[Tensor] = field(default_factory=list)
 
@@ -53,8 +56,11 @@ def accumulate(
         UserError: not even one completion at a time fits; there are several ranks, whose passes go together.
     """
     while True:
+        work = work_of(policy)
+        cut = rounds(live, max_tokens, work, policy.ranks.world)
         try:
-            return _accumulate(policy, live, num_tokens, seed, max_tokens), max_tokens
+            sums = _accumulate(policy, [parts[policy.ranks.rank] for parts in cut], num_tokens, seed)
+            return replace(sums, waiting_share=waiting_share(cut, work)), max_tokens
         except torch.OutOfMemoryError as error:
             policy.trained.zero_grad(set_to_none=True)
             _check_halving(policy.ranks, live, max_tokens, error)
@@ -63,11 +69,12 @@ def accumulate(
             torch.cuda.empty_cache()  # now that the failed pass is gone, with the error that held it
 
 
-def _accumulate(policy: Policy, live: Sequence[Weighted], num_tokens: int, seed: int, max_tokens: int) -> Sums:
-    sums = Sums()
-    for index, part in _microbatches(policy.ranks, live, max_tokens):
+def _accumulate(policy: Policy, parts: Sequence[Sequence[Weighted]], num_tokens: int, seed: int) -> Sums:
+    """Of this rank's microbatches; their seeds are no other rank's."""
+    sums, ranks = Sums(), policy.ranks
+    for number, part in enumerate(parts):
         batch = policy.batch(part)
-        out = policy.loss(batch, num_tokens, seed + index)
+        out = policy.loss(batch, num_tokens, seed + number * ranks.world + ranks.rank)
         out.loss.backward()
         sums.loss += out.loss.item()
         sums.entropy += out.entropy.sum().item()
@@ -77,6 +84,24 @@ def _accumulate(policy: Policy, live: Sequence[Weighted], num_tokens: int, seed:
         sums.logps.append(out.logps)
         sums.rollout_logps.append(batch.rollout_logps)
     return sums
+
+
+def work_of(policy: Policy) -> Work:
+    """FLOP of forward and backward, counted as in ``trainer.plan.train_flops``. An estimate: mixtures of experts and
+    windows take less.
+    """
+    model, head = policy.model, policy.head.weight
+    config = model.config.get_text_config()
+    num_heads = getattr(config, "num_attention_heads", None) or 0
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // max(1, num_heads)
+    embedding = model.get_input_embeddings().weight
+    layers = sum(p.numel() for p in policy.decoder.parameters()) - embedding.numel()
+    products = 6 if head.requires_grad else 4  # frozen under an adapter
+    return Work(
+        token=products * layers,
+        pair=12 * config.num_hidden_layers * num_heads * head_size,
+        target=(2 if policy.how.backward == "sparse" else products) * head.numel(),
+    )
 
 
 def _check_halving(ranks: Ranks, live: Sequence[Weighted], max_tokens: int, error: Exception) -> None:
@@ -93,13 +118,3 @@ def _check_halving(ranks: Ranks, live: Sequence[Weighted], max_tokens: int, erro
             f"{reason}, with one completion at a time (the longest has {longest} tokens with its prompt); lower "
             "rollout.max_tokens, set model.activation_checkpointing='full', or train an adapter (lora.rank)"
         ) from error
-
-
-def _microbatches(ranks: Ranks, live: Sequence[Weighted], max_tokens: int) -> Iterator[tuple[int, list[Weighted]]]:
-    """This rank's microbatches, numbered apart from those of all others; as many on every rank, since each is a
-    collective pass: a rank whose own are used up has empty ones.
-    """
-    cuts = [list(microbatches(share, max_tokens)) for share in shares(live, ranks.world)]
-    mine = cuts[ranks.rank]
-    for number in range(max(map(len, cuts))):
-        yield number * ranks.world + ranks.rank, mine[number] if number < len(mine) else []

@@ -22,12 +22,14 @@ from aapo_fast.ops.linear_policy.chunked import buffer_rows
 
 FP32 = 4
 Kind = Literal["arithmetic", "setting", "estimate"]
-Phase = Literal["always", "rollout", "training"]
+Phase = Literal["always", "rollout", "training", "host"]
 
 TRAIN_EFFICIENCY = 0.5
 """Assumed share of the nominal rate that a step's matrix products reach; not measured here."""
 DECODE_EFFICIENCY = 0.5
 """Assumed share of the memory bandwidth that generation reaches; not measured here."""
+HOST_BANDWIDTH, HOST_LINK = 100e9, 25e9
+"""Assumed bytes a second of the host's memory, and between it and the device (PCIe 4, 16 lanes, pinned)."""
 
 
 @dataclass(frozen=True)
@@ -127,20 +129,23 @@ def memory(config: Config, shape: Shape, gpu: GPU) -> list[Part]:
 
 
 def peak(parts: list[Part]) -> float:
-    """Bytes of what is always there and of the larger phase."""
+    """Bytes of what is always on the device, and of the larger phase."""
     by_phase = {phase: sum(p.amount for p in parts if p.phase == phase) for phase in ("always", "rollout", "training")}
     return by_phase["always"] + max(by_phase["rollout"], by_phase["training"])
 
 
 def _weights(config: Config, s: Shape) -> Iterator[Part]:
     """Weights, gradients and AdamW's two moments, all in float32, as the trainer has them (``models.load``,
-    ``torch.optim.AdamW(fused=True)``, which also keeps a float32 step count a tensor).
+    ``torch.optim.AdamW(fused=True)``, which also keeps a float32 step count a tensor; ``trainer.offload``).
     """
     yield Part("weights", FP32 * s.parameters, "arithmetic", "always", "4 P")
     yield Part("gradients", FP32 * s.trained, "arithmetic", "training", "4 P'")
-    yield Part(
-        "AdamW moments", FP32 * (2 * s.trained + s.tensors), "arithmetic", "always", "8 P' + 4 a tensor; from step 1"
-    )
+    moments = FP32 * (2 * s.trained + s.tensors)
+    if config.train.offload_optimizer:
+        formula = "8 P' + 4 a tensor in moments, 8 P' in pinned copies of weights and gradients"
+        yield Part("optimizer on the host", moments + 2 * FP32 * s.trained, "arithmetic", "host", formula)
+    else:
+        yield Part("AdamW moments", moments, "arithmetic", "always", "8 P' + 4 a tensor; from step 1")
     if config.reference.mode == "online" and not config.lora.rank and config.rollout.engine == "hf":
         yield Part("frozen reference", FP32 * s.parameters, "arithmetic", "always", "4 P, a copy on the device")
 
@@ -268,7 +273,16 @@ def seconds(config: Config, shape: Shape, gpu: GPU) -> list[Part]:
     again = {"none": 1.0, "selective": 1.0, "full": 4 / 3}[config.model.activation_checkpointing]
     formula = f"{again * flops:.3g} FLOP at {TRAIN_EFFICIENCY:g} of {rate / 1e12:g} TFLOP/s ({kind})"
     parts.append(Part("train", again * flops / (rate * TRAIN_EFFICIENCY), "estimate", "training", formula))
+    if config.train.offload_optimizer:
+        parts.append(_host_step(shape))
     return parts
+
+
+def _host_step(s: Shape) -> Part:
+    """Gradients down, weights up, and between the two AdamW, which reads four numbers a parameter and writes three."""
+    copies, arithmetic = 2 * FP32 * s.trained / HOST_LINK, 7 * FP32 * s.trained / HOST_BANDWIDTH
+    formula = f"8 P' at {HOST_LINK / 1e9:g} GB/s and 28 P' at {HOST_BANDWIDTH / 1e9:g}, one after the other"
+    return Part("optimizer", copies + arithmetic, "estimate", "host", formula)
 
 
 def train_flops(config: Config, s: Shape, tokens: int, length: int) -> float:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from aapo_fast.config import LoraConfig, LossConfig, ModelConfig
 from aapo_fast.data.packing import Weighted, pack, pad
+from aapo_fast.models.attention import Packing
+from aapo_fast.models.compiled import compile_layers
 from aapo_fast.models.flash import Flash, find_flash, name_of
 from aapo_fast.models.head import Head, find_decoder, find_head
 from aapo_fast.models.liger import use_liger
@@ -87,7 +89,10 @@ class Policy:
         precision = resolve_precision(config.precision, device)
         flash = find_flash(config.attention, device, precision)
         model, tokenizer = load_model(config.path, device)
-        liger = config.liger == "auto" and use_liger(model)
+        # A compiler makes such kernels itself, and cannot look into Liger's.
+        liger = config.liger == "auto" and not config.compile and use_liger(model)
+        if config.compile:
+            compile_layers(find_decoder(model), device)
         recompute_layers(find_decoder(model), config.activation_checkpointing)
         if lora.rank:
             model = add_adapter(model, lora.rank, lora.alpha, lora.target_modules)
@@ -138,7 +143,7 @@ class Policy:
             # A prepared 4-D mask makes Transformers build none; the packing is the mask.
             mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
             arguments = {"position_ids": batch.position_ids, "attention_mask": mask}
-            arguments |= {"packing": batch.packing, "flash": self.flash}
+            arguments["packing"] = Packing(batch.packing, self.flash)
         out = self.decoder(input_ids=batch.input_ids, use_cache=False, **arguments).last_hidden_state
         return out.flatten(0, 1).index_select(0, batch.hidden_index)
 

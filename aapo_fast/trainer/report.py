@@ -169,6 +169,7 @@ def _record(step: Step, engine: Mapping[str, float], peak_memory_bytes: int) -> 
         "completion_length": tokens / len(samples),
         "truncated_share": sum(s.finish_reason == "length" for s in samples) / len(samples),
         "saved_token_share": result.saved_token_share,
+        "waiting_share": result.waiting_share,
         "microbatch_tokens": result.microbatch_tokens,
         "loss": result.loss,
         "grad_norm": result.grad_norm,

@@ -19,7 +19,7 @@ from aapo_fast.trainer.background import Background
 from aapo_fast.trainer.checkpoint import Checkpoint
 from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.engine import engine_version, make_engine
-from aapo_fast.trainer.policy import Policy
+from aapo_fast.trainer.policy import Policy, resolve_device
 from aapo_fast.trainer.ranks import ONE, Ranks
 from aapo_fast.trainer.records import CONFIG, RunFolder, only_process
 from aapo_fast.trainer.resume import check_identity, check_same_on_all, find_checkpoint, identify
@@ -64,6 +64,7 @@ def prepare(config: Config, display: Display, ranks: Ranks = ONE) -> Iterator[Ru
     Raises:
         UserError: what cannot be used, in one line.
     """
+    check_offload(config)
     torch.manual_seed(config.run.seed)
     with ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(only_process(Path(config.run.folder), display.note)))
@@ -133,6 +134,14 @@ def check_lengths(problems: Problems, limit: float, max_tokens: int) -> None:
         raise DataError(
             f"{longest.row} makes a prompt of {len(longest.prompt_ids)} tokens: with rollout.max_tokens={max_tokens} "
             f"that is beyond the model's {limit} positions; lower rollout.max_tokens, or leave out such rows"
+        )
+
+
+def check_offload(config: Config) -> None:
+    """Raises ConfigError where there is no device to make room on."""
+    if config.train.offload_optimizer and resolve_device(config.model.device).type == "cpu":
+        raise ConfigError(
+            "train.offload_optimizer=true: the model is on the CPU, in whose memory the optimizer is; leave it out"
         )
 
 

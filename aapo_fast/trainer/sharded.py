@@ -60,14 +60,14 @@ class ShardedPolicy(Policy):
                 module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
     def batch(self, samples: Sequence[Weighted]) -> Batch:
-        """As with one rank. Of no samples: one token that goes through the layers, and no row that reaches the head, so
-        that a rank whose microbatches are used up takes part in the gathers of the others.
+        """As with one rank. Of no samples: two tokens that go through the layers (for one they would be compiled anew),
+        and no row that reaches the head, so that a rank without a microbatch takes part in the gathers of the others.
         """
         if samples:
             return super().batch(samples)
-        token = super().batch([Weighted(Sample((0,), (0,), (), "", "stop", 0), 0.0)])
+        tokens = super().batch([Weighted(Sample((0, 0), (0,), (), "", "stop", 0), 0.0)])
         rows = ("hidden_index", "targets", "sequence_index", "rollout_logps")
-        return replace(token, **{name: getattr(token, name)[:0] for name in rows})
+        return replace(tokens, **{name: getattr(tokens, name)[:0] for name in rows})
 
     def loss(self, batch: Batch, num_tokens: int, seed: int = 0) -> PolicyLoss:
         return PolicyLoss(*self._root(batch, num_tokens, seed))

@@ -134,8 +134,7 @@ def _weights(run: Run) -> dict[str, Tensor]:
 
 def _names(run: Run) -> list[str]:
     """Of the optimizer's parameters, in its order."""
-    names = {id(parameter): name for name, parameter in run.policy.trained.named_parameters()}
-    return [names[id(p)] for group in run.optimizer.param_groups for p in group["params"]]
+    return [name for group in run.optimizer.param_groups for name in group["param_names"]]
 
 
 def _moments(run: Run) -> dict[str, Tensor]:
@@ -164,14 +163,14 @@ def _load_tensors(run: Run, found: Checkpoint) -> None:
     weights = _weights(run)
     if found.shapes(checkpoint.MODEL) != {name: tuple(t.shape) for name, t in weights.items()}:
         raise CheckpointError(f"{found.path} holds another model: names or shapes of its weights differ")
-    parameters = dict(run.policy.trained.named_parameters())
     indices = {name: index for index, name in enumerate(_names(run))}
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     moments: dict[str, Tensor] = {}
     for full, shape in found.shapes(checkpoint.OPTIMIZER).items():
         name, _, key = full.removeprefix("optimizer.").rpartition(".")
-        trained = parameters[name].detach()
-        # Like the parameter, which may be a shard: each rank reads its own. The step count is a scalar.
+        trained = parameters[indices[name]].detach()
+        # Like the parameter, which may be a shard, or on the host: each rank reads its own. The step count is a scalar.
         empty = torch.empty_like(trained) if shape else torch.empty((), device=trained.device)
         moments[full] = state.setdefault(indices[name], {})[key] = empty
     found.load(weights | moments)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -13,6 +15,7 @@ from aapo_fast.data.packing import Weighted
 from aapo_fast.ops.linear_policy.sharded import whole
 from aapo_fast.trainer.gradient import accumulate
 from aapo_fast.trainer.mismatch import Mismatch
+from aapo_fast.trainer.offload import OffloadedAdamW
 from aapo_fast.trainer.policy import Policy
 from aapo_fast.types import UserError
 
@@ -28,6 +31,8 @@ class StepResult:
         trained_tokens: completion tokens with a loss: those with an advantage; all, under an entropy bonus or z-loss.
         saved_token_share: tokens that shared prompts spared the forward passes, less padding, as a share of one row a
             completion.
+        waiting_share: of the ranks' time, in which they wait for the longest microbatch of each round; computed from
+            what microbatches have to compute, not measured. 0 for one rank.
         microbatch_tokens: limit of a microbatch, as it was in the end ...
         ran_out_of_memory: ... and whether it had to be lowered for the memory of the GPU.
         updated: False if the weights stayed as they were: no token had a weight, or the gradient was not finite.
@@ -40,6 +45,7 @@ class StepResult:
     grad_norm: float
     trained_tokens: int
     saved_token_share: float
+    waiting_share: float
     microbatch_tokens: int
     ran_out_of_memory: bool
     updated: bool
@@ -48,13 +54,16 @@ class StepResult:
 
 
 def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over all parameters; decay, where wanted, on matrices only."""
-    parameters = [p for p in policy.trained.parameters() if p.requires_grad]
+    """AdamW over all parameters, by name; decay, where wanted, on matrices only."""
+    parameters = [(name, p) for name, p in policy.trained.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [(name, p) for name, p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [(name, p) for name, p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    groups = [group for group in groups if group["params"]]  # an adapter has no vectors
+    adamw: Any = OffloadedAdamW if config.offload_optimizer else partial(torch.optim.AdamW, fused=True)
+    made: torch.optim.Optimizer = adamw(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2))
+    return made
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -108,6 +117,7 @@ def optimizer_step(
         grad_norm=0.0,
         trained_tokens=0,
         saved_token_share=0.0,
+        waiting_share=sums.waiting_share,
         microbatch_tokens=fitted,
         ran_out_of_memory=fitted < wanted,
         updated=False,
@@ -131,8 +141,9 @@ def optimizer_step(
             optimizer.step()
         except torch.OutOfMemoryError as error:  # at the first, which makes the moments
             raise UserError(
-                f"{str(error).split('. ')[0]} in the optimizer, which takes 8 bytes a trained parameter; train an "
-                "adapter (lora.rank), or on several GPUs (docs/scaling.md)"
+                f"{str(error).split('. ')[0]} in the optimizer, which takes 8 bytes a trained parameter; put it into "
+                "the host's memory (train.offload_optimizer=true), train an adapter (lora.rank), or on several GPUs "
+                "(docs/scaling.md)"
             ) from error
         policy.collect()
     optimizer.zero_grad(set_to_none=True)

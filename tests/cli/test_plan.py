@@ -39,6 +39,19 @@ def test_a_model_that_does_not_fit(seven_billion, capsys, monkeypatch):
     assert "--lora.rank 32" in out
 
 
+def test_an_offloaded_optimizer_is_offered_where_it_would_do_and_is_in_the_plan(seven_billion, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    command = ["doctor", "--plan", seven_billion, "--train.max_microbatch_tokens", "1280"]
+    assert cli.main(command) == 1
+    assert "or put the moments on the host: --train.offload_optimizer true" in " ".join(capsys.readouterr().out.split())
+    assert cli.main([*command, "--train.offload_optimizer", "true", "--gpu", "h200"]) == 0
+    out = capsys.readouterr().out
+    rows = {cells[1].strip(): cells[2:4] for cells in (line.split("│") for line in out.splitlines()) if len(cells) > 3}
+    assert "AdamW moments" not in rows and "most of it: weights" in out
+    assert [cell.strip() for cell in rows["optimizer on the host"]] == ["113.48", "host"]
+    assert [cell.strip() for cell in rows["optimizer"]] == ["4.6", "host"]
+
+
 def test_an_adapter_fits(seven_billion, capsys):
     tokens = ["--train.max_microbatch_tokens", "1280", "--rollout.max_batch_size", "32"]
     assert cli.main(["doctor", "--plan", seven_billion, "--lora.rank", "16", "--gpu", "h200", *tokens]) == 0

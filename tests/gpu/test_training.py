@@ -75,6 +75,27 @@ def test_recomputed_layers_give_the_same_gradient_from_less_memory(kind):
     assert relative(recomputed[0], plain[0]) < 1e-3 and recomputed[1] <= plain[1]
 
 
+def test_an_offloaded_optimizer_moves_the_weights_as_adamw_does_and_leaves_its_memory_free():
+    def trained(offload):
+        """The way of the weights, bytes on the device after it that the model does not have, and the optimizer."""
+        model = support.tiny().to(GPU)
+        model.set_attn_implementation(attention.NAME)
+        policy, config = Policy(model, support.tokenizer(), 1.0), TrainConfig(offload_optimizer=offload)
+        start = torch.cat([p.detach().flatten() for p in model.parameters()]).cpu()
+        before = torch.cuda.memory_allocated()
+        optimizer = make_optimizer(policy, config)
+        for seed in range(3):
+            assert optimizer_step(policy, optimizer, make_samples(seed), config, 1e-2).updated
+        more = torch.cuda.memory_allocated() - before
+        return torch.cat([p.detach().flatten() for p in model.parameters()]).cpu() - start, more, optimizer
+
+    plain, taken, _ = trained(False)
+    moved, more, optimizer = trained(True)
+    assert relative(moved, plain) < 1e-3  # two orders of summation; see test_ranks.py
+    assert taken - more >= 8 * plain.numel()
+    assert all(p.is_pinned() for group in optimizer.param_groups for p in group["params"])
+
+
 def test_a_step_that_fills_the_gpu_is_done_in_smaller_microbatches():
     model = support.tiny().to(GPU)
     model.set_attn_implementation(attention.NAME)

@@ -10,7 +10,7 @@ import torch
 import transformers
 from policy_support import make_policy, make_samples, relative
 
-from aapo_fast.data.packing import Weighted, microbatches, pack, pad
+from aapo_fast.data.packing import Weighted, pack, pad
 from aapo_fast.models import attention, load
 from aapo_fast.models.head import check_head, find_decoder, find_head
 from aapo_fast.trainer.policy import Policy, resolve_device
@@ -69,17 +69,6 @@ def test_packing_shares_prompts_and_leaves_last_tokens_out():
     padded = pad(samples, pad_token_id=0)
     assert padded.input_ids.tolist() == [[1, 2, 3, 0, 0], [1, 2, 3, 5, 0], [1, 2, 3, 7, 8], [2, 2, 0, 0, 0]]
     assert padded.attention_mask.sum(1).tolist() == [3, 4, 5, 2]
-
-
-@pytest.mark.parametrize("budget", [1, 7, 20, 10_000])
-def test_microbatches_hold_every_sample_once_within_the_budget(budget):
-    samples = make_samples()
-    parts = list(microbatches(samples, budget))
-    assert sorted(map(id, itertools.chain(*parts))) == sorted(map(id, samples))
-    for part in parts:
-        assert len(part) == 1 or pack(part).input_ids.numel() <= budget
-    if budget == 10_000:
-        assert len(parts) == 1
 
 
 def test_one_completion_token_each_has_no_completion_segment():

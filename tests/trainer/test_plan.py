@@ -85,6 +85,24 @@ def test_weights_gradients_and_moments_are_those_of_a_run(tmp_path, lora, change
     assert all(found[name].kind == "arithmetic" for name in ("weights", "gradients", "AdamW moments"))
 
 
+def test_an_offloaded_optimizer_is_on_the_host(tmp_path):
+    settings = make(save(tmp_path))
+    offloaded = config.parse({**config.to_dict(settings), "train": {"offload_optimizer": True}})
+    policy = Policy.from_config(settings.model, 1.0)
+    optimizer = make_optimizer(policy, offloaded.train)
+    held = []
+    optimizer.register_step_post_hook(
+        lambda *_: held.extend(t for g in optimizer.param_groups for p in g["params"] for t in (p, p.grad))
+    )
+    samples = [Weighted(support.sample([2, 3, 4], [5, 6]), 1.0), Weighted(support.sample([2, 3, 4], [7]), -1.0)]
+    assert optimizer_step(policy, optimizer, samples, offloaded.train, 1e-3).updated
+    held += [t for state in optimizer.state.values() for t in state.values()]
+    found, plain = parts(offloaded), parts(settings)
+    assert found["optimizer on the host"].amount == nbytes(held) and "AdamW moments" not in found
+    device = [plan.peak(list(each.values())) for each in (plain, found)]
+    assert device[0] - device[1] == plain["AdamW moments"].amount
+
+
 def test_a_frozen_reference_is_a_copy_where_one_is_made(tmp_path):
     settings = make(save(tmp_path))
     online = config.parse({**config.to_dict(settings), "reference": {"mode": "online"}})

@@ -11,9 +11,7 @@ import torch
 from ranks_support import Raised, on_ranks, results
 from torch import distributed as dist
 
-from aapo_fast.data.packing import Weighted, shares
-from aapo_fast.trainer import gradient
-from aapo_fast.trainer.ranks import Ranks
+from aapo_fast.data.packing import Weighted
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
@@ -21,15 +19,15 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch
 ROUNDING = 1e-6
 
 
-def make_samples(seed=0, groups=5, live=None):
-    """``groups`` groups of four; only those in ``live`` have an advantage."""
+def make_samples(seed=0, live=None):
+    """Five groups of four; of these twenty only those in ``live`` have an advantage."""
     rng = random.Random(seed)
     samples = []
-    for group in range(groups):
+    for _ in range(5):
         prompt = [rng.randrange(1, 40) for _ in range(rng.randrange(2, 8))]
         for _ in range(4):
             completion = [rng.randrange(1, 40) for _ in range(rng.randrange(1, 7))]
-            advantage = rng.uniform(-2, 2) if live is None or group in live else 0.0
+            advantage = rng.uniform(-2, 2) if live is None or len(samples) in live else 0.0
             drawn = dataclasses.replace(
                 support.sample(prompt, completion), logprobs=tuple(rng.uniform(-4, -1) for _ in completion)
             )
@@ -65,29 +63,6 @@ def test_what_fails_on_one_rank_fails_on_all(kind, name):
 # --- one gradient ---------------------------------------------------------------------------------------------------
 
 
-def test_groups_are_dealt_out_whole_and_evenly():
-    samples = make_samples(groups=11)
-    for count in (1, 2, 3, 20):
-        dealt = shares(samples, count)
-        assert sorted(map(repr, samples)) == sorted(repr(w) for share in dealt for w in share)
-        prompts = [{w.sample.prompt_ids for w in share} for share in dealt]
-        assert sum(map(len, prompts)) == 11
-    loads = [sum(len(w.sample.token_ids) for w in share) for share in shares(samples, 3)]
-    assert max(loads) < 1.5 * min(loads)
-    assert shares(samples, 1) == [samples]
-
-
-def test_every_rank_has_as_many_microbatches_and_no_seed_twice():
-    samples = make_samples(live=[0, 1, 2])
-    cuts = [list(gradient._microbatches(Ranks(rank, 4), samples[:12], 20)) for rank in range(4)]
-    assert len({len(cut) for cut in cuts}) == 1
-    seeds = [index for cut in cuts for index, part in cut]
-    assert len(set(seeds)) == len(seeds)
-    assert cuts[3] == [(index, []) for index, _ in cuts[3]]
-    assert [index for index, _ in gradient._microbatches(Ranks(0, 1), samples, 20)] == list(range(6))
-    assert list(gradient._microbatches(Ranks(0, 3), [], 20)) == []
-
-
 POLICIES = [
     {"family": "llama"},
     {"family": "llama tied"},
@@ -116,15 +91,19 @@ def test_the_gradient_is_that_of_one_rank(world, policy):
         assert result.grad_norm == pytest.approx(alone.grad_norm, rel=1e-6)
         assert result.trained_tokens == alone.trained_tokens
         assert dataclasses.astuple(result.mismatch) == pytest.approx(dataclasses.astuple(alone.mismatch), rel=1e-6)
-    assert len({len(sizes) for *_, sizes in found}) == 1
+    assert len({len(parts) for *_, parts in found}) == 1
+    seeds = [seed for *_, parts in found for seed, _ in parts]
+    assert len(set(seeds)) == len(seeds)
+    assert sum(size for *_, parts in found for _, size in parts) == len(samples)
 
 
-@pytest.mark.parametrize("live", [[2], [0, 4], []])
+@pytest.mark.parametrize("live", [[9], [1, 17], []])
 def test_a_rank_without_anything_to_learn_from(live):
     samples = make_samples(live=live)
     [(truth, alone, _)] = results(1, ranks_support.gradient, samples, [0], 15, {})
     found = results(3, ranks_support.gradient, samples, [0], 15, {})
-    assert all(sizes and not any(sizes) for *_, sizes in found[len(live) :]) == bool(live)  # it took part, with nothing
+    idle = [[size for _, size in parts] for *_, parts in found[len(live) :]]
+    assert idle == [[0] if live else []] * len(idle)  # it took part, with nothing
     for ours, result, _ in found:
         assert ours is truth is None if not live else relative(ours, truth) < ROUNDING
         assert result.updated == alone.updated and result.trained_tokens == alone.trained_tokens
