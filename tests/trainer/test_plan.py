@@ -87,7 +87,7 @@ def test_weights_gradients_and_moments_are_those_of_a_run(tmp_path, lora, change
 
 def test_an_offloaded_optimizer_is_on_the_host(tmp_path):
     settings = make(save(tmp_path))
-    offloaded = config.parse({**config.to_dict(settings), "train": {"offload_optimizer": True}})
+    offloaded = replace(settings, train=replace(settings.train, offload_optimizer=True))
     policy = Policy.from_config(settings.model, 1.0)
     optimizer = make_optimizer(policy, offloaded.train)
     held = []
