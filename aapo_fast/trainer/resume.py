@@ -29,8 +29,8 @@ MAY_CHANGE = UNSAID | frozenset({
     # guards, which decide only whether it goes on
     "train.max_nonfinite_steps", "scoring.max_failure_share", "scoring.time_limit_seconds", "vllm.max_logprob_gap",
     # where it is computed, and in what portions: other roundings, the same run
-    "model.device", "model.attention", "model.activation_checkpointing", "model.liger", "reference.cache",
-    "rollout.max_batch_size", "train.max_microbatch_tokens", "vllm.max_model_len",
+    "model.device", "model.attention", "model.activation_checkpointing", "model.liger", "model.vocabulary_parallel",
+    "reference.cache", "rollout.max_batch_size", "train.max_microbatch_tokens", "vllm.max_model_len",
     "vllm.gpu_memory_utilization", "vllm.cpu_kv_cache_gib", "vllm.tensor_parallel_size", "vllm.enforce_eager",
     "vllm.servers", "vllm.num_servers", "vllm.time_limit_seconds", "vllm.weights_folder", "vllm.address",
 })  # fmt: skip
