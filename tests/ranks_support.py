@@ -82,7 +82,18 @@ def explode(model, channel):
     return model
 
 
-def make_policy(ranks, family="llama", dtype="float64", lora_rank=0, explodes_in=None, compiled=False, **loss):
+def make_policy(
+    ranks,
+    family="llama",
+    dtype="float64",
+    lora_rank=0,
+    vocab_size=45,
+    precision="float32",
+    vocabulary_parallel=False,
+    explodes_in=None,
+    compiled=False,
+    **loss,
+):
     from aapo_fast.config import LossConfig
     from aapo_fast.models import attention
     from aapo_fast.models.lora import add_adapter
@@ -91,6 +102,7 @@ def make_policy(ranks, family="llama", dtype="float64", lora_rank=0, explodes_in
     from aapo_fast.trainer.shared import share_policy
 
     sparse.DENSE_SHARE = 10.0  # a vocabulary of 45 would always be dense
+    support.SIZES["vocab_size"] = vocab_size
     model = support.tiny(family, dtype=getattr(torch, dtype))
     model.set_attn_implementation(attention.NAME)
     if explodes_in is not None:
@@ -106,7 +118,8 @@ def make_policy(ranks, family="llama", dtype="float64", lora_rank=0, explodes_in
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # at zero, A would have no gradient
                 torch.nn.init.normal_(parameter.data, std=0.1, generator=torch.Generator().manual_seed(1))
-    return share_policy(ranks, Policy(model, support.tokenizer(), 1.0, LossConfig(**loss)))
+    policy = Policy(model, support.tokenizer(), 1.0, LossConfig(**loss), getattr(torch, precision))
+    return share_policy(ranks, policy, vocabulary_parallel)
 
 
 def gradient(ranks, samples, seeds, max_tokens, policy):
@@ -139,6 +152,26 @@ def trained(ranks, steps, policy, offload=False):
     optimizer = make_optimizer(made, config)
     found = [optimizer_step(made, optimizer, samples, config, 1e-3) for samples in steps]
     return torch.cat([p.detach().flatten() for p in made.model.parameters()]), found
+
+
+def largest_tensor(ranks, samples, policy):
+    """Elements of the largest tensor that forward and backward of a microbatch of this rank make."""
+    from torch.distributed.tensor import DTensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            tensors = [t.to_local() if isinstance(t, DTensor) else t for t in tree_leaves(out) if torch.is_tensor(t)]
+            found.extend(t.numel() for t in tensors)
+            return out
+
+    found, made = [], make_policy(ranks, **policy)
+    batch = made.batch(samples[ranks.rank :: ranks.world])
+    with Sizes():
+        made.loss(batch, 100).loss.backward()
+    return max(found)
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------

@@ -111,6 +111,10 @@ def test_every_option_is_documented():
         ({"loss.sparsity_threshold": "0"}, "loss.sparsity_threshold=0.0 must lie in (0, 1]"),
         ({"loss.backward": "fast"}, "loss.backward='fast' must be one of exact, sparse"),
         ({"loss.backward": "sparse", "loss.implementation": "reference"}, "is not for loss.implementation='reference'"),
+        (
+            {"model.vocabulary_parallel": "true", "loss.implementation": "reference"},
+            "model.vocabulary_parallel=true is not for loss.implementation='reference'; use 'auto' or 'torch'",
+        ),
         ({"loss.max_importance_weight": "0.5"}, "loss.max_importance_weight=0.5 must be at least 1 and finite"),
         ({"rollout.engine": "vllm", "vllm.tensor_parallel_size": "2"}, "use rollout.engine='vllm_server'"),
         ({"rollout.engine": "vllm", "vllm.max_model_len": "64"}, "would cut completions short"),

@@ -77,6 +77,10 @@ def _check_loss(c: Config) -> None:
         )
     if c.loss.implementation == "reference" and c.loss.backward == "sparse":
         raise ConfigError("loss.backward='sparse' is not for loss.implementation='reference'; use 'auto' or 'torch'")
+    if c.loss.implementation == "reference" and c.model.vocabulary_parallel:
+        raise ConfigError(
+            "model.vocabulary_parallel=true is not for loss.implementation='reference'; use 'auto' or 'torch'"
+        )
 
 
 def _check_engines(c: Config) -> None:

@@ -49,6 +49,9 @@ class ModelConfig:
     liger: Literal["auto", "off"] = option(
         "auto", "auto: Liger's norms, RoPE and gated layers on a GPU, if liger-kernel is installed and nothing compiled"
     )
+    vocabulary_parallel: bool = option(
+        False, "on several ranks: each computes its part of embedding and head, for the tokens of all (docs/scaling.md)"
+    )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aapo_fast.ops.linear_policy import VocabularyShard
 from aapo_fast.types import UserError
 
 
@@ -27,12 +28,14 @@ class Head:
         bias: (V,) or None.
         logit_scale: s, a factor on the products (Cohere, Granite, Falcon-H1).
         softcap: c of the final soft-capping (Gemma), or None.
+        vocabulary_shard: which part weight and bias are of a vocabulary-parallel head; None is all of it.
     """
 
     weight: Tensor
     bias: Tensor | None
     logit_scale: float
     softcap: float | None
+    vocabulary_shard: VocabularyShard | None = None
 
     def arguments(self, temperature: float) -> dict[str, Any]:
         """Keyword arguments for ``linear_policy_loss`` and ``linear_logprobs``."""
@@ -41,6 +44,7 @@ class Head:
             "temperature": temperature,
             "softcap": self.softcap,
             "logit_scale": self.logit_scale,
+            "vocabulary_shard": self.vocabulary_shard,
         }
 
 

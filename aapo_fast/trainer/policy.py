@@ -151,24 +151,28 @@ class Policy:
         """AAPO's loss of a microbatch; ``num_tokens`` counts the whole optimizer step. ``seed`` decides the sample of
         sparse gradient rows and must differ from one microbatch to the next.
         """
+        with self.autocast():
+            return self.head_loss(self.hidden_states(batch), batch, num_tokens, seed)
+
+    def head_loss(self, hidden: Tensor, batch: Batch, num_tokens: int, seed: int) -> PolicyLoss:
+        """The loss from the (N, H) hidden states on. Called under ``autocast``."""
         bound = self.how.max_importance_weight
         correction = (batch.rollout_logps, bound) if bound else ()
         objective: Objective = AAPO(batch.advantages, batch.sequence_index, num_tokens, *correction)
         if self.how.regularizes:
             objective = Regularized(objective, num_tokens, self.how.entropy_bonus, self.how.z_loss)
         head = self.head
-        with self.autocast():
-            return linear_policy_loss(
-                self.hidden_states(batch),
-                head.weight,
-                batch.targets,
-                objective,
-                implementation=self.how.implementation,
-                backward=self.how.backward,
-                sparsity_threshold=self.how.sparsity_threshold,
-                seed=seed,
-                **head.arguments(self.temperature),
-            )
+        return linear_policy_loss(
+            hidden,
+            head.weight,
+            batch.targets,
+            objective,
+            implementation=self.how.implementation,
+            backward=self.how.backward,
+            sparsity_threshold=self.how.sparsity_threshold,
+            seed=seed,
+            **head.arguments(self.temperature),
+        )
 
     @torch.no_grad()
     def logps(self, batch: Batch) -> Tensor:

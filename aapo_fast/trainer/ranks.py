@@ -164,6 +164,7 @@ def joined_ranks(config: Config) -> Iterator[Ranks]:
     """
     world = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if world == 1:
+        check_ranks(config, 1)
         yield ONE
         return
     if threading.current_thread() is threading.main_thread():
@@ -189,7 +190,14 @@ def joined_ranks(config: Config) -> Iterator[Ranks]:
 
 
 def check_ranks(config: Config, world: int) -> None:
-    """Raises ConfigError for what several ranks cannot do."""
+    """Raises ConfigError for what so many ranks cannot do."""
+    if world == 1:
+        if config.model.vocabulary_parallel:
+            raise ConfigError(
+                "model.vocabulary_parallel=true is for several ranks, and there is one; start them with torchrun, or "
+                "leave it at false"
+            )
+        return
     rollout = config.rollout
     if config.model.device not in ("auto", "cpu", "cuda"):
         raise ConfigError(

@@ -30,6 +30,7 @@ MAY_CHANGE = UNSAID | frozenset({
     "train.max_nonfinite_steps", "scoring.max_failure_share", "scoring.time_limit_seconds", "vllm.max_logprob_gap",
     # where it is computed, and in what portions: other roundings, the same run
     "model.device", "model.attention", "model.activation_checkpointing", "model.compile", "model.liger",
+    "model.vocabulary_parallel",
     "reference.cache", "rollout.max_batch_size", "train.max_microbatch_tokens", "train.offload_optimizer",
     "vllm.max_model_len", "vllm.gpu_memory_utilization", "vllm.cpu_kv_cache_gib", "vllm.tensor_parallel_size",
     "vllm.enforce_eager",

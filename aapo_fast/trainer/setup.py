@@ -107,7 +107,7 @@ def prepare(config: Config, display: Display, ranks: Ranks = ONE) -> Iterator[Ru
             cache.this_run_only.update(resumed.state["reference"] if resumed else {})
         engine = share_engine(ranks, config.rollout.engine, lambda: make_engine(config, policy, folder.path, display))
         stack.callback(engine.close)
-        shared = share_policy(ranks, policy)
+        shared = share_policy(ranks, policy, config.model.vocabulary_parallel)
         yield Run(
             config=config,
             ranks=ranks,

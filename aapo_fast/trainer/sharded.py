@@ -9,7 +9,8 @@ gather of all weights a token. One gather a step into a plain model costs 4 byte
 rollout engine, the frozen reference, and the writing of models and checkpoints work on it as they do with one rank.
 Gradients, moments and the weights that are trained, 16 bytes a parameter, are divided among the ranks.
 
-The fused head reads its weight inside the root's forward, where it is whole. The loss is divided by the tokens of all
+The fused head reads its weight inside the root's forward, where it is whole; or embedding and head are not the root's,
+and stay in pieces (``trainer.vocabulary``). The loss is divided by the tokens of all
 ranks, so gradients are summed over ranks and not averaged.
 """
 
@@ -32,6 +33,7 @@ from aapo_fast.ops.linear_policy import PolicyLoss
 from aapo_fast.ops.linear_policy.sharded import whole
 from aapo_fast.trainer.policy import Policy
 from aapo_fast.trainer.ranks import Ranks
+from aapo_fast.trainer.vocabulary import VocabularyParallel
 from aapo_fast.types import Batch, Sample
 
 
@@ -39,21 +41,27 @@ class ShardedPolicy(Policy):
     """``policy`` among the ranks: its model stays whole, and a copy of it is trained in shards. All begin with the
     first rank's weights.
 
+    Args:
+        vocabulary_parallel: each rank computes its part of embedding and head, for the tokens of all.
+
     Making one, ``loss`` with its backward, ``collect``, and the norm of the gradient are collective.
     """
 
-    def __init__(self, policy: Policy, ranks: Ranks) -> None:
+    def __init__(self, policy: Policy, ranks: Ranks, vocabulary_parallel: bool = False) -> None:
         arguments = (policy.tokenizer, policy.temperature, policy.how, policy.precision, policy.flash)
         super().__init__(policy.model, *arguments)
         self.ranks = ranks
         for parameter in policy.model.parameters():
             if parameter.requires_grad:  # an adapter's begin at random
                 dist.broadcast(parameter.detach(), src=0)
-        self._root = _Root(Policy(copy.deepcopy(policy.model), *arguments))
+        mesh, own = init_device_mesh(self.device.type, (ranks.world,)), copy.deepcopy(policy.model)
+        self._root = _Root(
+            VocabularyParallel(ranks, mesh, own, *arguments) if vocabulary_parallel else Policy(own, *arguments)
+        )
         self.trained = self._root.model
-        mesh = init_device_mesh(self.device.type, (ranks.world,))
+        in_pieces = {parameter for parameter in own.parameters() if isinstance(parameter.data, DTensor)}
         for module in (*_layers(self._root.policy.decoder), self._root):
-            fully_shard(module, mesh=mesh)
+            fully_shard(module, mesh=mesh, ignored_params=in_pieces)
         for module in self._root.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)

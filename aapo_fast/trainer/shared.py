@@ -41,13 +41,13 @@ def share_engine(ranks: Ranks, kind: str, make: Callable[[], RolloutEngine]) -> 
     return SharedEngine(ranks, make() if ranks.first or on_every_rank else None, on_every_rank)
 
 
-def share_policy(ranks: Ranks, policy: Policy) -> Policy:
-    """The policy, trained by all ranks together."""
+def share_policy(ranks: Ranks, policy: Policy, vocabulary_parallel: bool = False) -> Policy:
+    """The policy, trained by all ranks together; its embedding and head in pieces where ``vocabulary_parallel``."""
     if ranks.world == 1:
         return policy
     from aapo_fast.trainer.sharded import ShardedPolicy  # whose imports take a second
 
-    return ShardedPolicy(policy, ranks)
+    return ShardedPolicy(policy, ranks, vocabulary_parallel)
 
 
 class SharedEngine:

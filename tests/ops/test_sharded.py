@@ -13,6 +13,7 @@ from torch import multiprocessing as mp
 from torch import nn
 
 import aapo_fast as af
+from aapo_fast.ops.linear_policy import rows_torch
 from aapo_fast.ops.linear_policy.statistics import Partials, finish, merge
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
@@ -62,6 +63,16 @@ def _vocabulary_parallel(rank, backward):
 @pytest.mark.parametrize("backward", ["exact", "sparse"])
 def test_vocabulary_parallel_equals_one_process(backward):
     on_two_processes(functools.partial(_vocabulary_parallel, backward=backward))
+
+
+def _in_small_blocks(rank):
+    """Of three rows by the average part; by their own parts the ranks would have four and two."""
+    rows_torch.BLOCK_BYTES = 3 * 51 * 8
+    _vocabulary_parallel(rank, "exact")
+
+
+def test_unequal_parts_have_equal_blocks():
+    on_two_processes(_in_small_blocks)
 
 
 def _peaked_rows_on_one_shard(rank):

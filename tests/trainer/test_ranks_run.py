@@ -93,12 +93,19 @@ def test_other_runs(tmp_path, tiny_model, changes):
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (2, 3)])
-def test_a_checkpoint_of_any_number_of_ranks_is_taken_up_by_any_other(tmp_path, tiny_model, alone, first, then):
-    tree = in_folder(tmp_path / "run", tiny_model)
+@pytest.mark.parametrize(
+    ("first", "then", "before", "after"),
+    [(2, 1, False, False), (1, 2, False, False), (2, 3, False, False), (2, 3, False, True), (2, 1, True, False)],
+)
+def test_a_checkpoint_of_any_number_of_ranks_is_taken_up_by_any_other(
+    tmp_path, tiny_model, alone, first, then, before, after
+):
+    """Whether embedding and head were, or will be, in pieces."""
+    tree = in_folder(tmp_path / "run", tiny_model, model__vocabulary_parallel=before)
     died = on_ranks(first, ranks_support.train, tree, 6)
     assert all(result == Raised(("KeyboardInterrupt", "")) for result in died)
     assert steps(tmp_path / "run") == [1, 2, 3, 4, 5]
+    tree["model"]["vocabulary_parallel"] = after
     resumed = results(then, ranks_support.train, {**tree, "run": tree["run"] | {"resume": True}})
     assert "resuming after step 4 of 6" in resumed[0][1]
     check_same(alone, tmp_path / "run", tiny_model)
@@ -131,6 +138,11 @@ def test_what_several_ranks_cannot_do(changes, message):
         check_ranks(config.parse(changes), 2)
 
 
+def test_a_head_in_pieces_wants_several_ranks():
+    with pytest.raises(UserError, match="model.vocabulary_parallel=true is for several ranks, and there is one; start"):
+        check_ranks(config.parse({"model": {"vocabulary_parallel": True}}), 1)
+
+
 def torchrun(tmp_path, tree, world=2, module="aapo_fast.cli"):
     """The command itself; its exit code and everything it says."""
     path = tmp_path / "config.toml"
@@ -149,8 +161,11 @@ def torchrun(tmp_path, tree, world=2, module="aapo_fast.cli"):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_torchrun(tmp_path, tiny_model, alone):
-    code, output = torchrun(tmp_path, in_folder(tmp_path / "run", tiny_model))
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_torchrun(tmp_path, tiny_model, alone, in_pieces):
+    how = {"model__vocabulary_parallel": True, "model__activation_checkpointing": "full"} if in_pieces else {}
+    tree = in_folder(tmp_path / "run", tiny_model, **how)
+    code, output = torchrun(tmp_path, tree)
     assert code == 0, output
     assert len(re.findall(r"^step \d/6", output, re.MULTILINE)) == 6  # one rank speaks
     check_same(alone, tmp_path / "run", tiny_model)

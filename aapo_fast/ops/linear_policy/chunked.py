@@ -115,8 +115,9 @@ class Pass:
         # -inf rules a token out. A large finite number does the same without the NaN of 0 * inf in the entropy.
         self.bias = None if bias is None else bias[:live].to(self.dtype).clamp(min=-1e30)
         self.products = Products(hidden, weight[:live], self.dtype)
-        self._allocate(hidden.shape[0], live)
-        self.kernels = _row_kernels(call, self._logits)
+        columns = live if call.shard is None else call.shard.columns
+        self._allocate(hidden.shape[0], live, columns)
+        self.kernels = _row_kernels(call, self._logits, columns)
         zeros = self._logits.new_zeros
         self.gradients = Gradients(
             zeros(hidden.shape) if wanted[0] else None,
@@ -129,9 +130,9 @@ class Pass:
         self._dense_blocks: list[slice] = []
         self._entries: list[tuple[slice, Entries]] = []
 
-    def _allocate(self, num_rows: int, vocab: int) -> None:
+    def _allocate(self, num_rows: int, vocab: int, columns: int) -> None:
         hidden, narrow = self.hidden, self.products.gradient_dtype
-        self.chunk_rows, self.panel_rows = buffer_rows(num_rows, vocab, self.dtype, narrow, hidden.is_cuda)
+        self.chunk_rows, self.panel_rows = buffer_rows(num_rows, columns, self.dtype, narrow, hidden.is_cuda)
         self._logits = _aligned(self.panel_rows, vocab, self.dtype, hidden.device)
         in_place = narrow == self.dtype
         self._gradient_rows = self._logits if in_place else _aligned(self.chunk_rows, vocab, narrow, hidden.device)
@@ -279,7 +280,7 @@ def _aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) 
     return torch.empty(rows, -(-columns // unit) * unit, dtype=dtype, device=device)[:, :columns]
 
 
-def _row_kernels(call: Call, logits: Tensor) -> RowKernels:
+def _row_kernels(call: Call, logits: Tensor, columns: int) -> RowKernels:
     if call.implementation == "triton":
         from aapo_fast.ops.linear_policy.rows_triton import TritonRows
 
@@ -287,8 +288,8 @@ def _row_kernels(call: Call, logits: Tensor) -> RowKernels:
     if call.implementation == "native":
         from aapo_fast.ops.linear_policy.rows_native import NativeRows
 
-        return NativeRows(logits, sparse=call.threshold is not None)
-    return TorchRows(logits)
+        return NativeRows(logits, sparse=call.threshold is not None, columns=columns)
+    return TorchRows(logits, columns)
 
 
 def _joined(blocks: list[slice]) -> Iterator[slice]:

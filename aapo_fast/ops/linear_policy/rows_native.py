@@ -35,18 +35,19 @@ class NativeRows:
     Args:
         chunk: the (C, V) buffer that blocks are views of.
         sparse: keep of each tile what ``sparse_gradient`` needs.
+        columns: by which rows are cut into blocks: V, or what shards of unequal V have agreed on.
 
     Raises:
         ValueError: the products are not fp32.
         RuntimeError: the native extension cannot be used.
     """
 
-    def __init__(self, chunk: Tensor, sparse: bool = False) -> None:
+    def __init__(self, chunk: Tensor, sparse: bool = False, columns: int | None = None) -> None:
         if chunk.dtype != torch.float32:
             raise ValueError(f"implementation='native' computes in fp32, not {chunk.dtype}; use implementation='torch'")
         self._run, self._level = native.operators(), native.level()
         rows, vocab = chunk.shape
-        fit = max(BLOCK_BYTES // max(1, 4 * vocab), ROWS_A_THREAD * torch.get_num_threads())
+        fit = max(BLOCK_BYTES // max(1, 4 * (columns or vocab)), ROWS_A_THREAD * torch.get_num_threads())
         self.block_rows = even_parts(rows, fit)
         kept = 2 * -(-vocab // TILE) + -(-vocab // PANEL)
         self._tiles = chunk.new_empty(self.block_rows, kept) if sparse else None

@@ -21,11 +21,15 @@ class TorchRows:
     Sweep 1 leaves ``shifted`` (logits less the largest of them) in the block and their exponentials in ``_exps``; both
     serve sweep 2 of the same block; under a soft-cap, so do the slopes in ``_slopes``. The target's logit becomes
     ``LEFT_OUT``.
+
+    Args:
+        chunk: the (C, V) buffer that blocks are views of.
+        columns: by which rows are cut into blocks: V, or what shards of unequal V have agreed on.
     """
 
-    def __init__(self, chunk: Tensor) -> None:
+    def __init__(self, chunk: Tensor, columns: int) -> None:
         rows, vocab = chunk.shape
-        fit = rows if chunk.is_cuda else BLOCK_BYTES // max(1, vocab * chunk.itemsize)
+        fit = rows if chunk.is_cuda else BLOCK_BYTES // max(1, columns * chunk.itemsize)
         self.block_rows = even_parts(rows, fit)
         # Zeros beyond V stay zeros: the padding of the sparse sample's last tile.
         self._exps = chunk.new_zeros(self.block_rows, sparse.padded_width(vocab))

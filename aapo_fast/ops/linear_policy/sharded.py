@@ -42,6 +42,13 @@ class VocabularyShard:
                 "give the first token of this rank's part and the tokens of all parts, as ints"
             )
 
+    @property
+    def columns(self) -> int:
+        """Of a part on average. All ranks cut their rows into blocks by it: a block's statistics are gathered, and its
+        rows must be the same everywhere, however unequal the parts.
+        """
+        return -(-self.vocab_size // dist.get_world_size(self.group))
+
     @classmethod
     def from_local(cls, num_rows: int, group: ProcessGroup) -> VocabularyShard:
         """The shard of a rank with ``num_rows`` rows of the weight, which may differ by rank. A collective call."""
