@@ -25,8 +25,7 @@ def make_samples(seed=0, live=None, groups=5):
     rng = random.Random(seed)
     samples = []
     for _ in range(groups):
-        # 0 is the embedding's padding: looked up, and without a gradient.
-        prompt = [0, *(rng.randrange(1, 40) for _ in range(rng.randrange(1, 7)))]
+        prompt = [rng.randrange(1, 40) for _ in range(rng.randrange(2, 8))]
         for _ in range(4):
             completion = [rng.randrange(1, 40) for _ in range(rng.randrange(1, 7))]
             advantage = rng.uniform(-2, 2) if live is None or len(samples) in live else 0.0
@@ -209,6 +208,16 @@ def test_neither_the_table_nor_its_gradient_is_ever_whole(family):
     in_pieces = results(2, ranks_support.largest_tensor, samples, policy | {"vocabulary_parallel": True})
     assert min(gathered) >= whole
     assert max(in_pieces) <= 2001 * support.SIZES["hidden_size"]
+
+
+def test_the_paddings_row_has_no_gradient_from_the_embedding():
+    samples = [
+        dataclasses.replace(w, sample=dataclasses.replace(w.sample, prompt_ids=(0, *w.sample.prompt_ids)))
+        for w in make_samples()
+    ]
+    [(truth, *_)] = results(1, ranks_support.gradient, samples, [0], 40, IN_PIECES[1])
+    for ours, *_ in results(2, ranks_support.gradient, samples, [0], 40, IN_PIECES[1]):
+        assert relative(ours, truth) < ROUNDING
 
 
 def test_in_bfloat16_the_gradient_is_as_right_as_that_of_one_rank():
