@@ -134,7 +134,7 @@ def one_per_cent(m):
 
 
 def one_per_cent_of_the_weight(m):
-    wrap(m, products.Products, "add_weight_gradient", lambda real, self, d, rows, out: real(self, d * 1.01, rows, out))
+    wrap(m, products.Products, "weight_gradient", lambda real, self, d, *rest, **add: real(self, d * 1.01, *rest, **add))
 
 
 def dropped_chunk(m):
@@ -147,11 +147,12 @@ def dropped_chunk(m):
 
 
 def chunk_counted_twice(m):
-    def add(real, self, d, rows, out):
-        for _ in range(2 if rows.start == 0 else 1):
-            real(self, d, rows, out)
+    def twice(real, self, d, rows, out, add):
+        real(self, d, rows, out, add)
+        if rows.start == 0:
+            real(self, d, rows, out, True)
 
-    wrap(m, products.Products, "add_weight_gradient", add)
+    wrap(m, products.Products, "weight_gradient", twice)
 
 
 def forgotten_temperature(m):
@@ -160,16 +161,16 @@ def forgotten_temperature(m):
 
 
 def target_off_by_one(m):
-    def add_targets(real, self, rows):
+    def add_targets(real, self, stats, wanted):
         right, self.targets = self.targets, (self.targets + 1) % 997
-        real(self, rows)
+        real(self, stats, wanted)
         self.targets = right
 
     wrap(m, chunked.Pass, "_add_targets", add_targets)
 
 
 def forgotten_target(m):
-    wrap(m, chunked.Pass, "_add_targets", lambda real, self, rows: None)
+    wrap(m, chunked.Pass, "_add_targets", lambda real, self, stats, wanted: None)
 
 
 def logits_rounded_to_bf16(m):
@@ -181,12 +182,12 @@ def logits_rounded_to_bf16(m):
 
 
 def chunks_rounded_before_they_are_added(m):
-    def add(real, self, d, rows, out):
-        part = torch.zeros_like(out)
-        real(self, d, rows, part)
-        out += part.bfloat16()
+    def rounded(real, self, d, rows, out, add):
+        part = torch.empty_like(out)
+        real(self, d, rows, part, False)
+        out.copy_(out + part.bfloat16() if add else part.bfloat16())
 
-    wrap(m, products.Products, "add_weight_gradient", add)
+    wrap(m, products.Products, "weight_gradient", rounded)
 
 
 def with_other_partials(m, change):

@@ -15,6 +15,7 @@ import pytest
 MODULES = (
     "aapo_fast.ops.linear_policy.kernels_triton",
     "aapo_fast.ops.linear_policy.sparse_triton",
+    "aapo_fast.ops.linear_policy.targets_triton",
     "aapo_fast.ops.group_advantages.advantages_triton",
 )
 ARCHITECTURES = (80, 90, 100)
@@ -22,7 +23,9 @@ ARCHITECTURES = (80, 90, 100)
 TYPES = {
     **dict.fromkeys(["stride", "out_stride", "source_stride", "vocab", "width", "num_rows", "num_tiles"], "i32"),
     **dict.fromkeys(["temperature", "scale", "softcap", "threshold", "delta_low", "delta_high"], "fp32"),
-    **dict.fromkeys(["targets", "index", "starts", "stands_before", "dusts"], "*i64"),
+    **dict.fromkeys(["targets", "target", "index", "starts", "stands_before", "dusts"], "*i64"),
+    **dict.fromkeys(["sorted_target", "ends", "order"], "*i64"),
+    "weight_stride": "i32",
     **dict.fromkeys(["counts", "entry_row", "entry_column"], "*i32"),
     "group_size": "i32",
 }
@@ -35,7 +38,7 @@ UNALIGNED = ("temperature", "targets", "num_rows", "index", "row_max", "total", 
 
 def variants():
     """(module, kernel, constants, launch options, argument types that differ): each flag on and off."""
-    rows, sparse, groups = MODULES
+    rows, sparse, targets, groups = MODULES
     plain = {"SOFTCAP": False, "ROW_TEMPERATURE": False}
     full = {"SOFTCAP": True, "ROW_TEMPERATURE": True}
     narrow, row = {"out": "*bf16"}, {"temperature": "*fp32"}
@@ -55,6 +58,11 @@ def variants():
         (sparse, "add_gathered_kernel", {"GROUP": 8, "WIDTH": 1024}, {"num_warps": 4},
          {"source": "*bf16", "index": "*i32"}),
         (sparse, "add_gathered_kernel", {"GROUP": 8, "WIDTH": 1024}, {"num_warps": 4}, {"index": "*i32"}),
+        (targets, "add_times_weight_kernel", {"WIDTH": 1024}, {"num_warps": 4}, {"value": "*fp64", "weight": "*bf16"}),
+        (targets, "add_times_weight_kernel", {"WIDTH": 1024}, {"num_warps": 4}, {"value": "*fp64"}),
+        (targets, "add_transposed_times_kernel", {"GROUP": 4, "WIDTH": 512}, {"num_warps": 4},
+         {"value": "*fp64", "source": "*bf16"}),
+        (targets, "add_transposed_times_kernel", {"GROUP": 4, "WIDTH": 512}, {"num_warps": 4}, {"value": "*fp64"}),
         (groups, "group_advantages_kernel", {"SCALE": True, "MOMENTUM": True, "GROUP": 8}, one, {}),
         (groups, "group_advantages_kernel", {"SCALE": False, "MOMENTUM": False, "GROUP": 1024}, one,
          {"rewards": "*bf16", "reference": "*bf16"}),

@@ -38,8 +38,7 @@ def run_policy_loss(
     """Loss, (N,) log-probabilities, (N,) entropies, gradients of the visited rows, and which rows these are."""
     with _as_written(targets):
         work, rows = _pass(operands, targets, objective, call, wanted)
-        loss, logps, entropy = runs.policy_loss(work, objective, active_rows(objective))
-        gradients = work.end()
+        loss, logps, entropy, gradients = runs.policy_loss(work, objective, active_rows(objective))
     logps, entropy = (scattered(values, rows, targets.numel(), math.nan) for values in (logps, entropy))
     return loss, logps, entropy, gradients, rows
 

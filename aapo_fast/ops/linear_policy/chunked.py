@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from aapo_fast.objectives import LinearWeights
-from aapo_fast.ops.linear_policy import targets as at_target
+from aapo_fast.ops.linear_policy import targets as at_targets
 from aapo_fast.ops.linear_policy.products import Products
 from aapo_fast.ops.linear_policy.rows_torch import TorchRows, even_parts
 from aapo_fast.ops.linear_policy.sharded import VocabularyShard
@@ -28,6 +28,7 @@ from aapo_fast.ops.linear_policy.statistics import (
     Coefficients,
     Entries,
     OneLaunch,
+    Partials,
     RowKernels,
     RowStatistics,
     Transform,
@@ -118,13 +119,14 @@ class Pass:
         columns = live if call.shard is None else call.shard.columns
         self._allocate(hidden.shape[0], live, columns)
         self.kernels = _row_kernels(call, self._logits, columns)
-        zeros = self._logits.new_zeros
+        zeros, empty = self._logits.new_zeros, self._logits.new_empty
         self.gradients = Gradients(
             zeros(hidden.shape) if wanted[0] else None,
-            zeros(weight.shape) if wanted[1] else None,
+            empty(weight.shape) if wanted[1] else None,
             zeros(weight.shape[:1]) if wanted[2] else None,
         )
-        self._at_target = zeros(hidden.shape[0], dtype=torch.float64)
+        # The first dense chunk writes dW instead of adding to zeros: 2.5 GB at (151936, 4096), not made and not read.
+        self._weight_gradient_is_empty = wanted[1]
         self._target_products = zeros(hidden.shape[0])
         self._uniforms = numbers if call.threshold is None else row_uniforms(call.seed, numbers)
         self._dense_blocks: list[slice] = []
@@ -165,15 +167,14 @@ class Pass:
         whole_rows = self.call.shard is None and self.call.threshold is None
         return whole_rows and self.wants_gradient() and isinstance(self.kernels, OneLaunch)
 
-    def sweep_and_spend(self, rows: slice, products: Tensor, gradient: Tensor, linear: LinearWeights) -> RowStatistics:
-        """Both sweeps of a block in one launch, all but ``spend_target``."""
+    def sweep_and_spend(self, rows: slice, products: Tensor, gradient: Tensor, linear: LinearWeights) -> Partials:
+        """Both sweeps of a block in one launch. ``linear`` holds one index for each of the M rows."""
         assert isinstance(self.kernels, OneLaunch)
         self._keep_target_products(rows, products)
-        index = linear.sequence_index[self.numbers[rows]]
-        transform = self.transform.of(rows)
+        transform, index = self.transform.of(rows), linear.sequence_index[rows]
         partials = self.kernels.both_sweeps(products, self.targets[rows], linear.weights, index, transform, gradient)
         self._dense_blocks.append(rows)
-        return finish(partials)
+        return partials
 
     def wants_gradient(self) -> bool:
         return any(g is not None for g in self.gradients)
@@ -182,7 +183,6 @@ class Pass:
         self, rows: slice, products: Tensor, gradient: Tensor, stats: RowStatistics, wanted: Coefficients
     ) -> None:
         """Sweep 2 of a block: sparse gradient rows are kept for ``_flush``, dense ones for the end of the chunk."""
-        self.spend_target(rows, stats, wanted)
         sweep = (products, self.targets[rows], stats, wanted, self.transform.of(rows))
         if self.call.threshold is not None:
             entries = self.kernels.sparse_gradient(*sweep, self.call.threshold, self._uniforms[rows])
@@ -192,44 +192,26 @@ class Pass:
         self.kernels.gradient(*sweep, gradient)
         self._dense_blocks.append(rows)
 
-    def spend_target(self, rows: slice, stats: RowStatistics, wanted: Coefficients) -> None:
-        """The entries of a block's gradient rows at their targets, which are kept for the end of the chunk."""
-        held = self.targets[rows] >= 0
-        product = self._target_products[rows]
-        self._at_target[rows] = at_target.gradient(stats, wanted, self.transform.of(rows), held, product)
-
     def _keep_target_products(self, rows: slice, products: Tensor) -> None:
         if self.transform.softcap is not None:
             column = self.targets[rows].clamp(min=0)[:, None]
             self._target_products[rows] = products.gather(1, column).squeeze(1)
 
     def end_chunk(self, chunk: slice) -> None:
-        """Spend the chunk's dense gradient rows, and those at the targets, on the accumulators."""
+        """Spend the chunk's dense gradient rows on the accumulators."""
         for rows in _joined(self._dense_blocks):
             d = self._gradient_rows[rows.start - chunk.start : rows.stop - chunk.start]
             if self.gradients.hidden is not None:
                 self.products.hidden_gradient(d, self.gradients.hidden[rows])
             if self.gradients.weight is not None:
-                self.products.add_weight_gradient(d, rows, self.gradients.weight[: self.call.vocab_size])
+                out, first = self.gradients.weight[: self.call.vocab_size], self._weight_gradient_is_empty
+                self.products.weight_gradient(d, rows, out, add=not first)
+                self._weight_gradient_is_empty = False
             if self.gradients.bias is not None:
                 self.gradients.bias[: self.call.vocab_size] += d.sum(0, dtype=self.dtype)
         self._dense_blocks = []
-        step = at_target.rows_at_a_time(self.hidden.shape[1])
-        for start in range(chunk.start, chunk.stop, step):
-            self._add_targets(slice(start, min(start + step, chunk.stop)))
         if sum(entries.value.numel() for _, entries in self._entries) > FLUSH_ENTRIES:
             self._flush()
-
-    def _add_targets(self, rows: slice) -> None:
-        """After the dense products, rounded once: dW of a token that is somebody's target is mostly this."""
-        value, target = self._at_target[rows, None], self.targets[rows].clamp(min=0)
-        if self.gradients.hidden is not None:
-            dx = self.gradients.hidden[rows]
-            dx.copy_(at_target.times(value, self.products.weight[target]) + dx)
-        if self.gradients.weight is not None:
-            at_target.add_rows(self.gradients.weight, target, at_target.times(value, self.hidden[rows]))
-        if self.gradients.bias is not None:
-            at_target.add_rows(self.gradients.bias, target, value.squeeze(1))
 
     def _flush(self) -> None:
         """Spend the sparse gradient rows gathered so far."""
@@ -243,18 +225,40 @@ class Pass:
         if self.gradients.hidden is not None:
             self.kernels.add_times_weight(entries, self.products.weight, self.gradients.hidden[rows])
         if self.gradients.weight is not None:
+            self._fill_weight_gradient()
             self.kernels.add_transposed_times(entries, hidden, self.gradients.weight[:live])
         if self.gradients.bias is not None:
             # A product with ones, and not a scatter: that would add in any order on a GPU.
             ones = hidden.new_ones(len(hidden), 1, dtype=self.dtype)
             self.kernels.add_transposed_times(entries, ones, self.gradients.bias[:live, None])
 
-    def end(self) -> Gradients:
-        """All gradients, complete."""
+    def end(self, stats: RowStatistics, wanted: Coefficients) -> Gradients:
+        """All gradients, complete, from the (M,) statistics and coefficients of all rows."""
         self._flush()
+        if self.gradients.weight is not None:
+            self._fill_weight_gradient()
+            self.gradients.weight[self.call.vocab_size :] = 0
+        self._add_targets(stats, wanted)
         if self.call.shard is not None and self.gradients.hidden is not None:
             self.call.shard.sum_(self.gradients.hidden)
         return self.gradients
+
+    def _fill_weight_gradient(self) -> None:
+        if self._weight_gradient_is_empty and self.gradients.weight is not None:
+            self.gradients.weight.zero_()
+        self._weight_gradient_is_empty = False
+
+    def _add_targets(self, stats: RowStatistics, wanted: Coefficients) -> None:
+        """After all other products, rounded once: dW of a token that is somebody's target is mostly this."""
+        held = self.targets >= 0
+        value = at_targets.gradient(stats, wanted, self.transform, held, self._target_products)
+        if self.gradients.hidden is not None:
+            self.kernels.add_targets_times_weight(value, self.targets, self.products.weight, self.gradients.hidden)
+        if self.gradients.weight is not None:
+            self.kernels.add_targets_transposed_times(value, self.targets, self.hidden, self.gradients.weight)
+        if self.gradients.bias is not None:
+            ones = value.new_ones(len(value), 1)
+            self.kernels.add_targets_transposed_times(value, self.targets, ones, self.gradients.bias[:, None])
 
 
 def buffer_rows(

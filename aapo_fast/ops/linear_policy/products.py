@@ -73,13 +73,19 @@ class Products:
             else:
                 out.addmm_(d[:, part], slab)
 
-    def add_weight_gradient(self, d: Tensor, rows: slice, out: Tensor) -> None:
-        """``out += d.T @ hidden[rows]``: (C, V) and (C, H) to (V, H), accumulated in the compute dtype."""
+    def weight_gradient(self, d: Tensor, rows: slice, out: Tensor, add: bool) -> None:
+        """``out = d.T @ hidden[rows]``, or added to ``out``: (C, V) and (C, H) to (V, H), in the compute dtype."""
         x = self.hidden[rows]
         if self.road is Road.FP32_OUTPUT:
-            torch.addmm(out, d.to(x.dtype).t(), x, out_dtype=torch.float32, out=out)
-        else:
+            d = d.to(x.dtype).t()
+            if add:
+                torch.addmm(out, d, x, out_dtype=torch.float32, out=out)
+            else:
+                torch.mm(d, x, out_dtype=torch.float32, out=out)
+        elif add:
             out.addmm_(d.t(), x.to(self.dtype))
+        else:
+            torch.mm(d.t(), x.to(self.dtype), out=out)
 
     def _slabs(self) -> Iterator[tuple[slice, Tensor]]:
         if self.weight.dtype == self.dtype:

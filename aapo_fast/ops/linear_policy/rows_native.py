@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from aapo_fast.ops import native
+from aapo_fast.ops.linear_policy import targets as at_targets
 from aapo_fast.ops.linear_policy.rows_torch import even_parts
 from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Partials, RowStatistics, Transform
 
@@ -120,6 +121,12 @@ class NativeRows:
 
     def add_transposed_times(self, entries: Entries, hidden: Tensor, out: Tensor) -> None:
         self._run.add_transposed_times(*_compact(entries), _rows_contiguous(hidden), out, self._level)
+
+    def add_targets_times_weight(self, value: Tensor, target: Tensor, weight: Tensor, out: Tensor) -> None:
+        at_targets.add_times_weight(value, target, weight, out)
+
+    def add_targets_transposed_times(self, value: Tensor, target: Tensor, hidden: Tensor, out: Tensor) -> None:
+        at_targets.add_transposed_times(value, target, hidden, out)
 
 
 def _block(products: Tensor, targets: Tensor, transform: Transform) -> tuple[Any, ...]:

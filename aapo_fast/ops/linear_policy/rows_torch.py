@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from aapo_fast.ops.linear_policy import sparse
+from aapo_fast.ops.linear_policy import targets as at_targets
 from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Partials, RowStatistics, Transform
 
 BLOCK_BYTES = 8 * 2**20
@@ -112,6 +113,12 @@ class TorchRows:
 
     def add_transposed_times(self, entries: Entries, hidden: Tensor, out: Tensor) -> None:
         sparse.add_transposed_times(entries, hidden.to(out.dtype), out)
+
+    def add_targets_times_weight(self, value: Tensor, target: Tensor, weight: Tensor, out: Tensor) -> None:
+        at_targets.add_times_weight(value, target, weight, out)
+
+    def add_targets_transposed_times(self, value: Tensor, target: Tensor, hidden: Tensor, out: Tensor) -> None:
+        at_targets.add_transposed_times(value, target, hidden, out)
 
 
 def even_parts(num_rows: int, most: int) -> int:

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from aapo_fast.ops.linear_policy import sparse_triton
+from aapo_fast.ops.linear_policy import sparse_triton, targets_triton
 from aapo_fast.ops.linear_policy.kernels_triton import (
     BLOCK,
     TILE,
@@ -80,3 +80,9 @@ class TritonRows:
 
     def add_transposed_times(self, entries: Entries, hidden: Tensor, out: Tensor) -> None:
         sparse_triton.add_transposed_times(entries, hidden, out)
+
+    def add_targets_times_weight(self, value: Tensor, target: Tensor, weight: Tensor, out: Tensor) -> None:
+        targets_triton.add_times_weight(value, target, weight, out)
+
+    def add_targets_transposed_times(self, value: Tensor, target: Tensor, hidden: Tensor, out: Tensor) -> None:
+        targets_triton.add_transposed_times(value, target, hidden, out)

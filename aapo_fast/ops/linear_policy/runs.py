@@ -13,43 +13,71 @@ from torch import Tensor
 
 from aapo_fast.objectives import LinearWeights, Objective, Tokens
 from aapo_fast.ops.linear_policy.chunked import Gradients, Pass
-from aapo_fast.ops.linear_policy.statistics import Coefficients, RowStatistics
+from aapo_fast.ops.linear_policy.statistics import (
+    Coefficients,
+    Partials,
+    RowStatistics,
+    finish,
+    joined,
+    joined_coefficients,
+    no_partials,
+    no_rows,
+)
 
 
-def policy_loss(work: Pass, objective: Objective, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss; (M,) log-probabilities and entropies, NaN without a target. ``work`` holds the gradients.
+def policy_loss(work: Pass, objective: Objective, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    """The loss; (M,) log-probabilities and entropies, NaN without a target; the gradients.
 
     ``active`` (N,) says which rows have a loss; None is all that have a target.
     """
     counts = work.has_target if active is None else work.has_target & active[work.numbers]
+    linear = getattr(objective, "linear", None)
+    weights = None if linear is None else linear()
+    if weights is None:
+        stats, loss, wanted = _visit(work, objective, counts)
+    else:
+        stats = _visit_with_known_weights(work, weights, counts)
+        # On the vectors of all rows at once: on a GPU some sixty launches a panel would be a twentieth of the time.
+        loss, wanted = _differentiate(objective, stats, work.numbers, counts)
+    logps, entropy = (values.where(work.has_target, torch.nan) for values in (stats.logps, stats.entropy))
+    return loss, logps, entropy, work.end(stats, wanted)
+
+
+def _visit(work: Pass, objective: Objective, counts: Tensor) -> tuple[RowStatistics, Tensor, Coefficients]:
+    """Statistics and coefficients of all rows, and the loss."""
     loss = torch.zeros((), dtype=work.dtype, device=work.hidden.device)
-    logps = torch.full(work.targets.shape, torch.nan, dtype=work.dtype, device=work.hidden.device)
-    entropy = logps.clone()
-    linear = _known_beforehand(objective, work)
+    found: list[RowStatistics] = [no_rows(work.dtype, work.hidden.device)]
+    coefficients: list[Coefficients] = [Coefficients(found[0].logps)]
     for chunk in work.chunks():
         for rows, products, gradient in work.blocks(chunk):
-            if linear is not None:
-                stats = work.sweep_and_spend(rows, products, gradient, linear)
-                block_loss, wanted = _differentiate(objective, stats, work.numbers[rows], counts[rows])
-                work.spend_target(rows, stats, wanted)
-            else:
-                stats = work.sweep(rows, products)
-                block_loss, wanted = _differentiate(objective, stats, work.numbers[rows], counts[rows])
-                if work.wants_gradient():
-                    work.spend(rows, products, gradient, stats, wanted)
+            stats = work.sweep(rows, products)
+            block_loss, wanted = _differentiate(objective, stats, work.numbers[rows], counts[rows])
+            if work.wants_gradient():
+                work.spend(rows, products, gradient, stats, wanted)
             loss += block_loss
-            logps[rows], entropy[rows] = stats.logps, stats.entropy
+            found.append(stats)
+            coefficients.append(wanted)
         work.end_chunk(chunk)
-    return loss, logps.where(work.has_target, torch.nan), entropy.where(work.has_target, torch.nan)
+    return joined(found), loss, joined_coefficients(coefficients)
 
 
-def _known_beforehand(objective: Objective, work: Pass) -> LinearWeights | None:
-    """Coefficients that need no first sweep, where the kernels can use them: both sweeps are then one launch."""
-    linear = getattr(objective, "linear", None)
-    if linear is None or not work.can_sweep_at_once():
-        return None
-    found: LinearWeights | None = linear()
-    return found
+def _visit_with_known_weights(work: Pass, linear: LinearWeights, counts: Tensor) -> RowStatistics:
+    """Statistics of all rows, for a loss whose coefficients need none; both sweeps in one launch where that exists."""
+    linear = LinearWeights(linear.weights, linear.sequence_index[work.numbers])
+    wanted = Coefficients(linear.weights.to(work.dtype)[linear.sequence_index].where(counts, 0.0))
+    at_once = work.can_sweep_at_once()
+    partials: list[Partials] = [no_partials(work.dtype, work.hidden.device)]
+    found: list[RowStatistics] = [finish(partials[0])]
+    for chunk in work.chunks():
+        for rows, products, gradient in work.blocks(chunk):
+            if at_once:
+                partials.append(work.sweep_and_spend(rows, products, gradient, linear))
+                continue
+            found.append(work.sweep(rows, products))
+            if work.wants_gradient():
+                work.spend(rows, products, gradient, found[-1], wanted.of(rows))
+        work.end_chunk(chunk)
+    return finish(joined(partials)) if at_once else joined(found)
 
 
 def _differentiate(
@@ -79,13 +107,10 @@ def _differentiate(
 
 def statistics(work: Pass) -> tuple[Tensor, Tensor, Tensor]:
     """(M,) log-probabilities, entropies and log-sum-exps; zero in rows without a target."""
-    logps = torch.empty(work.targets.shape, dtype=work.dtype, device=work.hidden.device)
-    entropy, logsumexp = torch.empty_like(logps), torch.empty_like(logps)
+    found: list[RowStatistics] = [no_rows(work.dtype, work.hidden.device)]
     for chunk in work.chunks():
-        for rows, products, _ in work.blocks(chunk):
-            stats = work.sweep(rows, products)
-            logps[rows], entropy[rows], logsumexp[rows] = stats.logps, stats.entropy, stats.logsumexp
-    logps, entropy, logsumexp = (values.where(work.has_target, 0.0) for values in (logps, entropy, logsumexp))
+        found += [work.sweep(rows, products) for rows, products, _ in work.blocks(chunk)]
+    logps, entropy, logsumexp = (values.where(work.has_target, 0.0) for values in joined(found)[:3])
     return logps, entropy, logsumexp
 
 
@@ -95,9 +120,10 @@ def gradients(work: Pass, upstream: Sequence[Tensor | None]) -> Gradients:
     if d_logps is None:
         d_logps = torch.zeros(work.targets.shape, dtype=work.dtype, device=work.hidden.device)
     wanted = Coefficients(d_logps, *others)
+    found: list[RowStatistics] = [no_rows(work.dtype, work.hidden.device)]
     for chunk in work.chunks():
         for rows, products, gradient in work.blocks(chunk):
-            stats = work.sweep(rows, products)
-            work.spend(rows, products, gradient, stats, wanted.of(rows))
+            found.append(work.sweep(rows, products))
+            work.spend(rows, products, gradient, found[-1], wanted.of(rows))
         work.end_chunk(chunk)
-    return work.end()
+    return work.end(joined(found), wanted)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -130,6 +130,12 @@ class RowKernels(Protocol):
     def add_transposed_times(self, entries: Entries, hidden: Tensor, out: Tensor) -> None:
         """``out += S.T @ hidden``: (C, V) entries and (C, H) to (V, H), the same bits at every run."""
 
+    def add_targets_times_weight(self, value: Tensor, target: Tensor, weight: Tensor, out: Tensor) -> None:
+        """``out[t] += value[t] * weight[target[t]]``: (M,) fp64 and (V, H) to (M, H), rounded once. -1 is no target."""
+
+    def add_targets_transposed_times(self, value: Tensor, target: Tensor, hidden: Tensor, out: Tensor) -> None:
+        """``out[target[t]] += value[t] * hidden[t]``: (M,) fp64 and (M, H) to (V, H), the same bits at every run."""
+
 
 @runtime_checkable
 class OneLaunch(Protocol):
@@ -174,6 +180,35 @@ def finish(partials: Partials) -> RowStatistics:
         total=total,
         others=rest / total,
     )
+
+
+def no_partials(dtype: torch.dtype, device: torch.device) -> Partials:
+    """Those of no row."""
+    return Partials(*torch.zeros(4, 0, dtype=dtype, device=device))
+
+
+def no_rows(dtype: torch.dtype, device: torch.device) -> RowStatistics:
+    """The statistics of no row."""
+    return finish(no_partials(dtype, device))
+
+
+_Vectors = TypeVar("_Vectors", Partials, RowStatistics)
+
+
+def joined(blocks: Sequence[_Vectors]) -> _Vectors:
+    """Those of blocks, one after the other."""
+    return type(blocks[0])(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+
+
+def joined_coefficients(blocks: Sequence[Coefficients]) -> Coefficients:
+    """Those of blocks, one after the other; what a block does not use is zero there."""
+
+    def together(index: int) -> Tensor | None:
+        if all(block[index] is None for block in blocks):
+            return None
+        return torch.cat([torch.zeros_like(block.logps) if block[index] is None else block[index] for block in blocks])
+
+    return Coefficients(torch.cat([block.logps for block in blocks]), together(1), together(2))
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

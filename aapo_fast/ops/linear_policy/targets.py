@@ -7,6 +7,8 @@ Letters: C rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,11 +16,6 @@ from aapo_fast.ops.linear_policy.statistics import Coefficients, RowStatistics, 
 
 BUFFER_BYTES = 16 * 2**20
 """Size of each of the few fp64 (rows, H) buffers in which entries are spent."""
-
-
-def rows_at_a_time(hidden_size: int) -> int:
-    """That fit a buffer."""
-    return max(1, BUFFER_BYTES // (8 * max(1, hidden_size)))
 
 
 def gradient(rows: RowStatistics, wanted: Coefficients, transform: Transform, held: Tensor, product: Tensor) -> Tensor:
@@ -48,13 +45,33 @@ def gradient(rows: RowStatistics, wanted: Coefficients, transform: Transform, he
     return d.where(held & live, 0.0)
 
 
-def times(value: Tensor, rows: Tensor) -> Tensor:
-    """(C, 1) fp64 times (C, H); zero where the value is, whatever the row holds."""
-    return (value * rows).masked_fill_(value == 0, 0.0)
+def add_times_weight(value: Tensor, target: Tensor, weight: Tensor, out: Tensor) -> None:
+    """``out[t] += value[t] * weight[target[t]]``: (C,) fp64, (C,) of which -1 is none, (V, H) to (C, H)."""
+    for rows in _blocks(out):
+        column = target[rows].clamp(min=0)
+        out[rows] = (_times(value[rows], weight[column]) + out[rows]).to(out.dtype)
 
 
-def add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
-    """``out[index] += rows`` for fp64 rows, rounded once, and in an order that is the same at every run."""
+def add_transposed_times(value: Tensor, target: Tensor, hidden: Tensor, out: Tensor) -> None:
+    """``out[target[t]] += value[t] * hidden[t]``: (C, H) to (V, H), in an order that is the same at every run."""
+    for rows in _blocks(hidden):
+        _add_rows(out, target[rows].clamp(min=0), _times(value[rows], hidden[rows]))
+
+
+def _blocks(of: Tensor) -> Iterator[slice]:
+    """Of the rows, such that (rows, H) in fp64 fits a buffer."""
+    step = max(1, BUFFER_BYTES // (8 * max(1, of.shape[1])))
+    for start in range(0, of.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _times(value: Tensor, rows: Tensor) -> Tensor:
+    """(C,) fp64 times (C, H); zero where the value is, whatever the row holds."""
+    return (value[:, None] * rows).masked_fill_(value[:, None] == 0, 0.0)
+
+
+def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
+    """``out[index] += rows`` for fp64 rows, rounded once."""
     index, order = index.sort(stable=True)
     first = torch.searchsorted(index, index)  # rows of one index meet where it first stands
     total = torch.zeros_like(rows)
