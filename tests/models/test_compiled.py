@@ -139,6 +139,10 @@ def test_what_is_refused(monkeypatch):
     with pytest.raises(UserError, match="activation_checkpointing='selective' cannot look into layers that model.comp"):
         config.parse({"model": {"compile": True, "activation_checkpointing": "selective"}})
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(UserError, match=r"model.compile=true needs a C\+\+ compiler, which is not installed"):
+    # Its own patch: monkeypatch takes this configuration for a class, and leaves it without the entry.
+    no_compiler = torch._inductor.config.patch("cpp.cxx", ("no-such-compiler",))
+    with (
+        no_compiler,
+        pytest.raises(UserError, match=r"model.compile=true needs a C\+\+ compiler, which is not installed"),
+    ):
         compile_layers(support.tiny().model, CPU)

@@ -134,7 +134,9 @@ def one_per_cent(m):
 
 
 def one_per_cent_of_the_weight(m):
-    wrap(m, products.Products, "weight_gradient", lambda real, self, d, *rest, **add: real(self, d * 1.01, *rest, **add))
+    wrap(
+        m, products.Products, "weight_gradient", lambda real, self, d, *rest, **add: real(self, d * 1.01, *rest, **add)
+    )
 
 
 def dropped_chunk(m):

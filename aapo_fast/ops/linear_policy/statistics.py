@@ -203,12 +203,15 @@ def joined(blocks: Sequence[_Vectors]) -> _Vectors:
 def joined_coefficients(blocks: Sequence[Coefficients]) -> Coefficients:
     """Those of blocks, one after the other; what a block does not use is zero there."""
 
-    def together(index: int) -> Tensor | None:
-        if all(block[index] is None for block in blocks):
-            return None
-        return torch.cat([torch.zeros_like(block.logps) if block[index] is None else block[index] for block in blocks])
+    logps = [block.logps for block in blocks]
 
-    return Coefficients(torch.cat([block.logps for block in blocks]), together(1), together(2))
+    def together(vectors: list[Tensor | None]) -> Tensor | None:
+        if all(v is None for v in vectors):
+            return None
+        return torch.cat([torch.zeros_like(d) if v is None else v for d, v in zip(logps, vectors, strict=True)])
+
+    entropy, logsumexp = together([b.entropy for b in blocks]), together([b.logsumexp for b in blocks])
+    return Coefficients(torch.cat(logps), entropy, logsumexp)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

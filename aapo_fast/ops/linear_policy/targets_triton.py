@@ -81,5 +81,15 @@ def add_transposed_times(value: Tensor, target: Tensor, hidden: Tensor, out: Ten
     ends = torch.searchsorted(line, line, right=True)
     with torch.cuda.device_of(out):
         add_transposed_times_kernel[rows, triton.cdiv(width, GROUP_WIDTH)](
-            line, ends, order, value, hidden, hidden.stride(0), width, out, out.stride(0), GROUP=GROUP, WIDTH=GROUP_WIDTH
+            line,
+            ends,
+            order,
+            value,
+            hidden,
+            hidden.stride(0),
+            width,
+            out,
+            out.stride(0),
+            GROUP=GROUP,
+            WIDTH=GROUP_WIDTH,
         )
