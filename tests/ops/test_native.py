@@ -29,7 +29,7 @@ def everything(vocab=3001):
     rows, wanted = finish(kernels.statistics(products, targets, Transform(0.9))), coefficients(20)
     entries = kernels.sparse_gradient(
         products, targets, rows, wanted, Transform(0.9), 2**-9, torch.linspace(0, 0.99, 20)
-    )
+    )()
     dx, dw, g = torch.zeros(20, 24), torch.zeros(vocab, 24), torch.Generator().manual_seed(4)
     kernels.add_times_weight(entries, torch.randn(vocab, 24, generator=g), dx)
     kernels.add_transposed_times(entries, torch.randn(20, 24, generator=g), dw)

@@ -154,7 +154,7 @@ def test_shards_of_the_vocabulary(level):
     rows, found = finish(merge([k.partials for k in kernels])), []
     for k, (x, t) in zip(kernels, parts, strict=True):
         given = (x, t, rows, coefficients(), Transform(0.7))
-        found.append(with_target(dense(k.sparse_gradient(*given, 1e-20, torch.rand(5)), x.shape), x, t, *given[2:]))
+        found.append(with_target(dense(k.sparse_gradient(*given, 1e-20, torch.rand(5))(), x.shape), x, t, *given[2:]))
         k.gradient(*given, x)
         x.copy_(with_target(x, x, t, *given[2:]))
     assert relative(torch.cat(found, 1), gradient) < 1e-6 and relative(products, gradient) < 1e-6
@@ -171,7 +171,7 @@ def sample(products, threshold, uniforms, on_logp=-1.0):
     kernels._tiles = torch.full((rows, kernels._tiles.shape[1]), math.nan)
     statistics = finish(kernels.statistics(products, targets, Transform()))
     wanted = Coefficients(torch.full((rows,), on_logp))
-    return kernels.sparse_gradient(products, targets, statistics, wanted, Transform(), threshold, uniforms)
+    return kernels.sparse_gradient(products, targets, statistics, wanted, Transform(), threshold, uniforms)()
 
 
 def dense(entries, shape):
@@ -292,5 +292,5 @@ def test_nothing_at_all(level):
     rows = finish(kernels.statistics(products, targets, Transform()))
     wanted = Coefficients(torch.empty(0))
     kernels.gradient(products, targets, rows, wanted, Transform(), products)
-    found = kernels.sparse_gradient(products, targets, rows, wanted, Transform(), 2**-7, torch.empty(0))
+    found = kernels.sparse_gradient(products, targets, rows, wanted, Transform(), 2**-7, torch.empty(0))()
     assert [t.shape for t in found] == [(0,)] * 3

@@ -83,7 +83,9 @@ def test_gradients_average_to_the_exact_ones(variant, name, monkeypatch):
     _, exact = run("torch", inputs, objective, **options)
     grid, sums = 256, [0.0] * len(exact)
     for k in range(grid):
-        monkeypatch.setattr(chunked, "row_uniforms", lambda seed, rows, k=k: torch.full(rows.shape, (k + 0.5) / grid))
+        monkeypatch.setattr(
+            rows_torch, "row_uniforms", lambda seed, rows, k=k: torch.full(rows.shape, (k + 0.5) / grid)
+        )
         _, grads = run("torch", inputs, objective, backward="sparse", sparsity_threshold=2**-5, **options)
         sums = [a + b for a, b in zip(sums, grads, strict=True)]
     for total, truth in zip(sums, exact, strict=True):

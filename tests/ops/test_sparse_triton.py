@@ -47,7 +47,7 @@ def coefficients(rows, entropy=True, logsumexp=True):
 def gradient(x, targets, uniforms, threshold, wanted, transform=PLAIN):
     kernels = TritonRows(x, sparse=True)
     rows = finish(kernels.statistics(x, targets, transform))
-    return kernels.sparse_gradient(x, targets, rows, wanted, transform, threshold, uniforms)
+    return kernels.sparse_gradient(x, targets, rows, wanted, transform, threshold, uniforms)()
 
 
 def plain_sample(p, threshold, uniforms):
@@ -156,6 +156,12 @@ def walk_of(x, targets, threshold, wanted, transform=PLAIN):
     return x, targets, Tiles(*kernels._tiles), rows, wanted, transform, threshold
 
 
+@pytest.mark.parametrize("seed", [0, 7, -1, 2**32 + 7, 2**63 + 5, 2**64 - 3])
+def test_uniforms_are_those_of_the_torch_rows_to_the_bit(seed):
+    rows = torch.cat([torch.arange(300), torch.tensor([2**31 - 1, 2**31, 2**32 - 1])]).to(DEVICE)
+    assert torch.equal(sparse_triton.row_uniforms(seed, rows), row_uniforms(seed, rows))
+
+
 @pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-24])
 @pytest.mark.parametrize("spread", [0.01, 3.0, 12.0], ids=["flat", "model-like", "peaked"])
 def test_the_bound_and_the_count(spread, u):
@@ -186,7 +192,7 @@ def test_tiles_that_are_not_opened_count_by_their_mass_alone():
     assert (light.sum(1) == 17).all() and ((light & opened).sum(1) >= 4).all()
     x, targets, tiles, rows, *rest = walk_of(x, targets, threshold, wanted)
     poisoned = x.unflatten(1, (-1, TILE)).masked_fill((light & ~opened)[..., None], torch.nan).flatten(1)
-    entries = sparse_triton.sparse_gradient(poisoned, targets, tiles, rows, *rest, uniforms)
+    entries = sparse_triton.sparse_gradient(poisoned, targets, tiles, rows, *rest, uniforms)()
     assert relative(dense(entries, x.shape), exact) < 2e-6
 
 

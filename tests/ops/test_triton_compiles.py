@@ -23,16 +23,18 @@ ARCHITECTURES = (80, 90, 100)
 TYPES = {
     **dict.fromkeys(["stride", "out_stride", "source_stride", "vocab", "width", "num_rows", "num_tiles"], "i32"),
     **dict.fromkeys(["temperature", "scale", "softcap", "threshold", "delta_low", "delta_high"], "fp32"),
-    **dict.fromkeys(["targets", "target", "index", "starts", "stands_before", "dusts"], "*i64"),
+    **dict.fromkeys(["targets", "target", "starts", "stands_before", "dusts"], "*i64"),
     **dict.fromkeys(["sorted_target", "ends", "order"], "*i64"),
-    "weight_stride": "i32",
+    "index": "*i32",
+    **dict.fromkeys(["weight_stride", "num_sections"], "i32"),
+    "size": "i64",
     **dict.fromkeys(["counts", "entry_row", "entry_column"], "*i32"),
     "group_size": "i32",
 }
 """Of arguments by name; the others are pointers to fp32."""
 
 UNALIGNED = ("temperature", "targets", "num_rows", "index", "row_max", "total", "entropy", "on_logp", "on_entropy",
-             "on_logsumexp", "num_tiles", "group_size")  # fmt: skip
+             "on_logsumexp", "num_tiles", "group_size", "num_sections", "size", "seed")  # fmt: skip
 """What a launch cannot rely on to be a multiple of 16."""
 
 
@@ -49,15 +51,20 @@ def variants():
         (rows, "statistics_kernel", {**full, "KEEP_TILES": True, "TILE": 256, "BLOCK": 4096}, eight, row),
         (rows, "gradient_kernel", {**plain, **off, "BLOCK": 4096}, eight, narrow),
         (rows, "gradient_kernel", {**full, **on, "BLOCK": 4096}, eight, row),
-        (rows, "both_sweeps_kernel", {**plain, "BLOCK": 4096}, eight, narrow),
-        (rows, "both_sweeps_kernel", {**full, "BLOCK": 4096}, eight, {**row, "index": "*i32"}),
+        (rows, "both_sweeps_kernel", {**plain, "BACKWARDS": True, "BLOCK": 4096}, eight, {**narrow, "index": "*i64"}),
+        (rows, "both_sweeps_kernel", {**full, "BACKWARDS": False, "BLOCK": 4096}, eight, row),
         (sparse, "count_kernel", {**plain, **off, "TILE": 256, "SECTION": 32}, one, {}),
         (sparse, "count_kernel", {**full, **on, "TILE": 256, "SECTION": 32}, one, row),
         (sparse, "emit_kernel", {**plain, **off, "TILE": 256, "SECTION": 32}, one, {}),
         (sparse, "emit_kernel", {**full, **on, "TILE": 256, "SECTION": 32}, one, row),
-        (sparse, "add_gathered_kernel", {"GROUP": 8, "WIDTH": 1024}, {"num_warps": 4},
-         {"source": "*bf16", "index": "*i32"}),
-        (sparse, "add_gathered_kernel", {"GROUP": 8, "WIDTH": 1024}, {"num_warps": 4}, {"index": "*i32"}),
+        (sparse, "uniforms_kernel", {"BLOCK": 256}, {"num_warps": 4}, {"rows": "*i64", "seed": "i64"}),
+        (sparse, "plan_kernel", {"SECTIONS": 32}, {"num_warps": 1}, {"numbers": "*i64", "expected": "*fp64"}),
+        (sparse, "gather_kernel", {"ADD": True, "GROUP": 4, "WIDTH": 2048}, {"num_warps": 4}, {"source": "*bf16"}),
+        (sparse, "gather_kernel", {"ADD": False, "GROUP": 4, "WIDTH": 2048}, {"num_warps": 4},
+         {"source": "*bf16", "out": "*bf16", "scale": "*fp32"}),
+        (sparse, "gather_kernel", {"ADD": False, "GROUP": 4, "WIDTH": 1024}, {"num_warps": 4}, {"scale": "*fp32"}),
+        (rows, "finish_kernel", {"BLOCK": 128}, {"num_warps": 4}, {}),
+        (rows, "scale_kernel", {"BLOCK": 4096}, eight, {**narrow, "scale": "*fp32"}),
         (targets, "add_times_weight_kernel", {"WIDTH": 1024}, {"num_warps": 4}, {"value": "*fp64", "weight": "*bf16"}),
         (targets, "add_times_weight_kernel", {"WIDTH": 1024}, {"num_warps": 4}, {"value": "*fp64"}),
         (targets, "add_transposed_times_kernel", {"GROUP": 4, "WIDTH": 512}, {"num_warps": 4},

@@ -15,6 +15,7 @@ from torch import Tensor
 from aapo_fast.objectives import Objective
 from aapo_fast.ops.linear_policy import runs
 from aapo_fast.ops.linear_policy.chunked import Call, Gradients, Pass
+from aapo_fast.ops.linear_policy.statistics import SparseProduct
 
 IGNORE_INDEX = -100
 """A target with this value has no loss and no log-probability, as in ``torch.nn.functional.cross_entropy``."""
@@ -57,19 +58,23 @@ class _PolicyLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         operands = (hidden, weight, bias)
         loss, logps, entropy, gradients, rows = run_policy_loss(operands, targets, objective, call, wanted)
-        ctx.save_for_backward(*gradients, rows)
+        later = gradients.weight if isinstance(gradients.weight, SparseProduct) else ()
+        d_weight = None if later else gradients.weight
+        ctx.save_for_backward(gradients.hidden, d_weight, gradients.bias, rows, *later)
         ctx.dtypes = [None if t is None else t.dtype for t in operands]
-        ctx.num_rows = hidden.shape[0]
+        ctx.num_rows, ctx.implementation = hidden.shape[0], call.implementation
         ctx.mark_non_differentiable(logps, entropy)
         return loss, logps, entropy
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor, *_: object) -> tuple[Tensor | None, ...]:
         _refuse_second_derivatives()
-        *gradients, rows = ctx.saved_tensors
+        d_hidden, d_weight, d_bias, rows, *later = ctx.saved_tensors
+        d_weight = SparseProduct(*later) if later else d_weight
         # Rounded here and only once: before the upstream scale (1/3 of an accumulation, 65536 of a loss scaler) an fp16
         # gradient divided by many tokens would already have vanished.
-        d_hidden, d_weight, d_bias = (scaled(g, d_loss, t) for g, t in zip(gradients, ctx.dtypes, strict=True))
+        found = zip((d_hidden, d_weight, d_bias), ctx.dtypes, strict=True)
+        d_hidden, d_weight, d_bias = (scaled(g, d_loss, t, ctx.implementation) for g, t in found)
         d_hidden = None if d_hidden is None else scattered(d_hidden, rows, ctx.num_rows, 0.0)
         return d_hidden, d_weight, d_bias, None, None, None, None
 
@@ -103,8 +108,9 @@ def run_gradients(
     with _as_written(targets):
         work, rows = _pass(operands, targets, None, call, wanted)
         found = runs.gradients(work, [d if d is None or rows is None else d.index_select(0, rows) for d in upstream])
-    pairs = zip(found, operands, strict=True)
-    d_hidden, d_weight, d_bias = (None if g is None or t is None else g.to(t.dtype) for g, t in pairs)
+    one = torch.ones((), device=targets.device)
+    dtypes = [None if t is None else t.dtype for t in operands]
+    d_hidden, d_weight, d_bias = (scaled(g, one, t, call.implementation) for g, t in zip(found, dtypes, strict=True))
     return None if d_hidden is None else scattered(d_hidden, rows, targets.numel(), 0.0), d_weight, d_bias
 
 
@@ -191,13 +197,23 @@ def scattered(values: Tensor, rows: Tensor | None, num_rows: int, fill: float) -
     return values.new_full((num_rows, *values.shape[1:]), fill).index_copy_(0, rows, values)
 
 
-def scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """``gradient * scale`` in ``dtype``, with no buffer beyond the result."""
-    if gradient is None:
+def scaled(
+    gradient: Tensor | SparseProduct | None, scale: Tensor, dtype: torch.dtype | None, implementation: str
+) -> Tensor | None:
+    """``gradient * scale`` in ``dtype``, with no buffer beyond the result. ``implementation``: of the row kernels."""
+    if gradient is None or dtype is None:
         return None
+    if isinstance(gradient, SparseProduct):
+        from aapo_fast.ops.linear_policy import sparse_triton
+
+        return sparse_triton.made(gradient, scale, dtype)
     # The usual scale is one; looking costs nothing on the CPU, and would stall a GPU.
     if gradient.dtype == dtype and scale.device.type == "cpu" and scale.item() == 1.0:
         return gradient
+    if implementation == "triton" and gradient.is_cuda and gradient.is_contiguous():
+        from aapo_fast.ops.linear_policy import kernels_triton
+
+        return kernels_triton.scaled(gradient, scale, dtype)
     return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
 

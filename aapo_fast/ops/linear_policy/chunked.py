@@ -12,7 +12,8 @@ Letters: N rows of the call, M rows visited, C rows of a chunk or block, H hidde
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,28 +28,35 @@ from aapo_fast.ops.linear_policy.sharded import VocabularyShard
 from aapo_fast.ops.linear_policy.statistics import (
     Coefficients,
     Entries,
+    LateProducts,
     OneLaunch,
-    Partials,
     RowKernels,
     RowStatistics,
+    SparseProduct,
     Transform,
     compute_dtype,
     finish,
 )
-from aapo_fast.ops.linear_policy.uniforms import row_uniforms
 
 CHUNK_ROWS = 512
 CHUNK_BYTES = 384 * 2**20
 """On the CPU a chunk has at most so many rows and its (C, V) buffer so many bytes. With fewer rows the products are
 slower (dW is read and written once a chunk), with more they are no faster: docs/LOG.md."""
 
-GPU_LOGIT_BYTES = 320 * 2**20
-GPU_GRADIENT_BYTES = 640 * 2**20
-"""On a GPU: the (panel, V) fp32 logits and the (chunk, V) bf16 gradient rows. Each chunk reads and writes dW once, 5 GB
-at (151936, 4096); together they stay below 1 GiB. By arithmetic, not yet measured."""
+GPU_BUFFER_BYTES = 2**30
+"""On a GPU: all fp32 logits and bf16 gradient rows that exist at a time. Each chunk of gradient rows reads and writes
+dW once, 5 GB at (151936, 4096), so large chunks are quicker. Where the weight is larger than this, its size is what the
+buffers may have: dW comes in fp32 and is handed out as a copy in the weight's dtype, and they are gone by then."""
 
-FLUSH_ENTRIES = 4 * 2**20
-"""Sparse entries that are gathered before they are spent on the accumulators."""
+GPU_LOGIT_SHARE = 0.3
+"""Of that, for logits. Products of fewer than 512 rows are slower."""
+
+GPU_TILE_ROWS = 128
+"""Rows of a tile of the vendor's products: panels and chunks are multiples of it."""
+
+FLUSH_ENTRIES, GPU_FLUSH_ENTRIES = 4 * 2**20, 16 * 2**20
+"""Sparse entries that are gathered before they are spent on the accumulators. On a GPU they are best never spent: with
+no dense rows beside them dW is made from them in the backward, in the weight's dtype and without an accumulator."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +85,19 @@ class Call:
 
 
 class Gradients(NamedTuple):
-    """In the compute dtype, None where not wanted: (M, H), (V, H) and (V,)."""
+    """In the compute dtype, None where not wanted: (M, H), (V, H) and (V,). The second may still be to be made."""
 
     hidden: Tensor | None
-    weight: Tensor | None
+    weight: Tensor | SparseProduct | None
     bias: Tensor | None
+
+
+class _InFlight(NamedTuple):
+    """A block whose sparse entries are being counted. ``sweep``: what its dense rows would be made from."""
+
+    rows: slice
+    sweep: tuple[Tensor, Tensor, RowStatistics, Coefficients, Transform]
+    entries: Callable[[], Entries | None]
 
 
 class Pass:
@@ -117,165 +133,244 @@ class Pass:
         self.bias = None if bias is None else bias[:live].to(self.dtype).clamp(min=-1e30)
         self.products = Products(hidden, weight[:live], self.dtype)
         columns = live if call.shard is None else call.shard.columns
+        self.wanted, self._weight_shape = wanted, weight.shape
         self._allocate(hidden.shape[0], live, columns)
-        self.kernels = _row_kernels(call, self._logits, columns)
-        zeros, empty = self._logits.new_zeros, self._logits.new_empty
-        self.gradients = Gradients(
-            zeros(hidden.shape) if wanted[0] else None,
-            empty(weight.shape) if wanted[1] else None,
-            zeros(weight.shape[:1]) if wanted[2] else None,
-        )
-        # The first dense chunk writes dW instead of adding to zeros: 2.5 GB at (151936, 4096), not made and not read.
-        self._weight_gradient_is_empty = wanted[1]
+        self.kernels = _row_kernels(call, self._logits[0], columns)
+        zeros = self._logits[0].new_zeros
+        self._d_hidden = zeros(hidden.shape) if wanted[0] else None
+        self._d_weight: Tensor | None = None  # made when the first rows are spent on it, with what they make of it
+        self._d_bias = zeros(weight.shape[:1]) if wanted[2] else None
         self._target_products = zeros(hidden.shape[0])
-        self._uniforms = numbers if call.threshold is None else row_uniforms(call.seed, numbers)
+        self._uniforms = numbers if call.threshold is None else self.kernels.uniforms(call.seed, numbers)
         self._dense_blocks: list[slice] = []
+        self._in_flight: deque[_InFlight] = deque()
         self._entries: list[tuple[slice, Entries]] = []
+        self._blocks_to_pass_over = 0
 
     def _allocate(self, num_rows: int, vocab: int, columns: int) -> None:
-        hidden, narrow = self.hidden, self.products.gradient_dtype
-        self.chunk_rows, self.panel_rows = buffer_rows(num_rows, columns, self.dtype, narrow, hidden.is_cuda)
-        self._logits = _aligned(self.panel_rows, vocab, self.dtype, hidden.device)
-        in_place = narrow == self.dtype
-        self._gradient_rows = self._logits if in_place else _aligned(self.chunk_rows, vocab, narrow, hidden.device)
+        """Panels of logits; gradient rows have their place there, or a buffer that is made when it is needed."""
+        device, narrow = self.hidden.device, self.products.gradient_dtype
+        self._in_place = narrow == self.dtype
+        waits = self.call.threshold is not None and self.call.implementation == "triton" and not self._in_place
+        num_panels = 2 if waits else 1
+        budget = gpu_budget(self.products.weight.nbytes) if device.type == "cuda" else 0
+        self.chunk_rows, self.panel_rows = buffer_rows(num_rows, columns, self.dtype, narrow, budget, num_panels)
+        self._logits = [_aligned(self.panel_rows, vocab, self.dtype, device) for _ in range(num_panels)]
+        self._gradient_rows: Tensor | None = None
+        self._first_row, self._num_panels = 0, 0
 
     def chunks(self) -> Iterator[slice]:
         for start in range(0, self.hidden.shape[0], self.chunk_rows):
+            self._first_row = start
             yield slice(start, min(start + self.chunk_rows, self.hidden.shape[0]))
 
-    def blocks(self, chunk: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Of each block: its rows, its (C, V) raw products, and where its gradient rows go, perhaps the same memory."""
+    def blocks(self, chunk: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Of each block: its rows and its (C, V) raw products."""
         for start in range(chunk.start, chunk.stop, self.panel_rows):
             panel = slice(start, min(start + self.panel_rows, chunk.stop))
-            logits = self._logits[: panel.stop - start]
+            logits = self._logits[self._num_panels % len(self._logits)][: panel.stop - start]
+            self._num_panels += 1
             self.products.logits(panel, logits)
             if self.bias is not None:
                 logits += self.bias
             for first in range(start, panel.stop, self.kernels.block_rows):
                 rows = slice(first, min(first + self.kernels.block_rows, panel.stop))
-                gradient = self._gradient_rows[rows.start - chunk.start : rows.stop - chunk.start]
-                yield rows, logits[rows.start - start : rows.stop - start], gradient
+                yield rows, logits[rows.start - start : rows.stop - start]
+
+    def _gradient_rows_of(self, rows: slice) -> Tensor:
+        """(C, V): where the dense gradient rows of rows of this chunk are, or go."""
+        if self._gradient_rows is None:
+            width, device = self._logits[0].shape[1], self.hidden.device
+            narrow = self.products.gradient_dtype
+            made = self._logits[0] if self._in_place else _aligned(self.chunk_rows, width, narrow, device)
+            self._gradient_rows = made
+        return self._gradient_rows[rows.start - self._first_row : rows.stop - self._first_row]
 
     def sweep(self, rows: slice, products: Tensor) -> RowStatistics:
         """Sweep 1 of a block."""
         self._keep_target_products(rows, products)
         partials = self.kernels.statistics(products, self.targets[rows], self.transform.of(rows))
-        return finish(partials if self.call.shard is None else self.call.shard.merged(partials))
+        if self.call.shard is not None:
+            return finish(self.call.shard.merged(partials))
+        return self.kernels.finish(partials)
 
-    def can_sweep_at_once(self) -> bool:
-        """Whether one launch may do both sweeps, for coefficients that are known beforehand."""
-        whole_rows = self.call.shard is None and self.call.threshold is None
-        return whole_rows and self.wants_gradient() and isinstance(self.kernels, OneLaunch)
+    def sweeps_at_once(self) -> bool:
+        """Whether one launch may do both sweeps of the next block, for coefficients that are known beforehand."""
+        may = self.call.shard is None and self.wants_gradient() and isinstance(self.kernels, OneLaunch)
+        return may and not self._tries_sparse()
 
-    def sweep_and_spend(self, rows: slice, products: Tensor, gradient: Tensor, linear: LinearWeights) -> Partials:
+    def sweep_and_spend(self, rows: slice, products: Tensor, linear: LinearWeights) -> RowStatistics:
         """Both sweeps of a block in one launch. ``linear`` holds one index for each of the M rows."""
         assert isinstance(self.kernels, OneLaunch)
         self._keep_target_products(rows, products)
-        transform, index = self.transform.of(rows), linear.sequence_index[rows]
-        partials = self.kernels.both_sweeps(products, self.targets[rows], linear.weights, index, transform, gradient)
-        self._dense_blocks.append(rows)
-        return partials
+        given = (products, self.targets[rows], linear.weights, linear.sequence_index[rows], self.transform.of(rows))
+        partials = self.kernels.both_sweeps(*given, self._gradient_rows_of(rows))
+        self._add_dense(rows)
+        return self.kernels.finish(partials)
 
     def wants_gradient(self) -> bool:
-        return any(g is not None for g in self.gradients)
+        return any(self.wanted)
 
-    def spend(
-        self, rows: slice, products: Tensor, gradient: Tensor, stats: RowStatistics, wanted: Coefficients
-    ) -> None:
-        """Sweep 2 of a block: sparse gradient rows are kept for ``_flush``, dense ones for the end of the chunk."""
+    def spend(self, rows: slice, products: Tensor, stats: RowStatistics, wanted: Coefficients) -> None:
+        """Sweep 2 of a block: sparse gradient rows are kept for the end, dense ones for the end of the chunk."""
         sweep = (products, self.targets[rows], stats, wanted, self.transform.of(rows))
-        if self.call.threshold is not None:
-            entries = self.kernels.sparse_gradient(*sweep, self.call.threshold, self._uniforms[rows])
-            if entries is not None:
-                self._entries.append((rows, entries))
-                return
-        self.kernels.gradient(*sweep, gradient)
+        if not self._tries_sparse():
+            self.kernels.gradient(*sweep, self._gradient_rows_of(rows))
+            self._add_dense(rows)
+            return
+        assert self.call.threshold is not None
+        entries = self.kernels.sparse_gradient(*sweep, self.call.threshold, self._uniforms[rows])
+        self._in_flight.append(_InFlight(rows, sweep, entries))
+        while len(self._in_flight) >= len(self._logits):
+            self._land()
+
+    def _land(self) -> None:
+        """The entries of the block that is longest in flight; its dense rows, if it has too many."""
+        rows, sweep, entries_of = self._in_flight.popleft()
+        entries = entries_of()
+        if entries is not None:
+            self._entries.append((rows, entries))
+            return
+        self.kernels.gradient(*sweep, self._gradient_rows_of(rows))
         self._dense_blocks.append(rows)
+        self._blocks_to_pass_over = self.kernels.blocks_between_tries
+
+    def _tries_sparse(self) -> bool:
+        """Not for a while after a block that was too full: neighbours are alike, and counting in vain costs time. The
+        choice looks at no uniform, so it biases nothing.
+        """
+        return self.call.threshold is not None and self._blocks_to_pass_over == 0
+
+    def _add_dense(self, rows: slice) -> None:
+        self._dense_blocks.append(rows)
+        self._blocks_to_pass_over = max(0, self._blocks_to_pass_over - 1)
 
     def _keep_target_products(self, rows: slice, products: Tensor) -> None:
         if self.transform.softcap is not None:
             column = self.targets[rows].clamp(min=0)[:, None]
             self._target_products[rows] = products.gather(1, column).squeeze(1)
 
-    def end_chunk(self, chunk: slice) -> None:
+    def end_chunk(self) -> None:
         """Spend the chunk's dense gradient rows on the accumulators."""
-        for rows in _joined(self._dense_blocks):
-            d = self._gradient_rows[rows.start - chunk.start : rows.stop - chunk.start]
-            if self.gradients.hidden is not None:
-                self.products.hidden_gradient(d, self.gradients.hidden[rows])
-            if self.gradients.weight is not None:
-                out, first = self.gradients.weight[: self.call.vocab_size], self._weight_gradient_is_empty
-                self.products.weight_gradient(d, rows, out, add=not first)
-                self._weight_gradient_is_empty = False
-            if self.gradients.bias is not None:
-                self.gradients.bias[: self.call.vocab_size] += d.sum(0, dtype=self.dtype)
+        while self._in_flight:
+            self._land()
+        for rows in _joined(sorted(self._dense_blocks, key=lambda block: block.start)):
+            d = self._gradient_rows_of(rows)
+            if self._d_hidden is not None:
+                self.products.hidden_gradient(d, self._d_hidden[rows])
+            if self.wanted[1]:
+                first = self._d_weight is None
+                d_weight = self._weight_gradient(torch.empty)
+                self.products.weight_gradient(d, rows, d_weight[: self.call.vocab_size], add=not first)
+            if self._d_bias is not None:
+                self._d_bias[: self.call.vocab_size] += d.sum(0, dtype=self.dtype)
         self._dense_blocks = []
-        if sum(entries.value.numel() for _, entries in self._entries) > FLUSH_ENTRIES:
+        most = GPU_FLUSH_ENTRIES if self.hidden.is_cuda else FLUSH_ENTRIES
+        if sum(entries.value.numel() for _, entries in self._entries) > most:
             self._flush()
 
-    def _flush(self) -> None:
+    def _weight_gradient(self, make: Callable[..., Tensor]) -> Tensor:
+        """The accumulator. The first dense rows write it instead of adding to zeros, which need not be made."""
+        if self._d_weight is None:
+            self._d_weight = make(self._weight_shape, dtype=self.dtype, device=self.hidden.device)
+            self._d_weight[self.call.vocab_size :] = 0
+        return self._d_weight
+
+    def _flush(self, spend_weight: bool = True) -> None:
         """Spend the sparse gradient rows gathered so far."""
         if not self._entries:
             return
-        rows = slice(self._entries[0][0].start, self._entries[-1][0].stop)
-        parts = [(entries.row + block.start - rows.start, *entries[1:]) for block, entries in self._entries]
-        entries = Entries(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        [(rows, entries)] = self._join_entries()
         self._entries = []
         live, hidden = self.call.vocab_size, self.hidden[rows]
-        if self.gradients.hidden is not None:
-            self.kernels.add_times_weight(entries, self.products.weight, self.gradients.hidden[rows])
-        if self.gradients.weight is not None:
-            self._fill_weight_gradient()
-            self.kernels.add_transposed_times(entries, hidden, self.gradients.weight[:live])
-        if self.gradients.bias is not None:
+        if self._d_hidden is not None:
+            self.kernels.add_times_weight(entries, self.products.weight, self._d_hidden[rows])
+        if self.wanted[1] and spend_weight:
+            self.kernels.add_transposed_times(entries, hidden, self._weight_gradient(torch.zeros)[:live])
+        if self._d_bias is not None:
             # A product with ones, and not a scatter: that would add in any order on a GPU.
             ones = hidden.new_ones(len(hidden), 1, dtype=self.dtype)
-            self.kernels.add_transposed_times(entries, ones, self.gradients.bias[:live, None])
+            self.kernels.add_transposed_times(entries, ones, self._d_bias[:live, None])
+
+    def _join_entries(self) -> list[tuple[slice, Entries]]:
+        """What was gathered, as one."""
+        rows = slice(self._entries[0][0].start, self._entries[-1][0].stop)
+        parts = [(entries.row + block.start - rows.start, *entries[1:]) for block, entries in self._entries]
+        self._entries = [(rows, Entries(*(torch.cat(part) for part in zip(*parts, strict=True))))]
+        return self._entries
 
     def end(self, stats: RowStatistics, wanted: Coefficients) -> Gradients:
         """All gradients, complete, from the (M,) statistics and coefficients of all rows."""
-        self._flush()
-        if self.gradients.weight is not None:
-            self._fill_weight_gradient()
-            self.gradients.weight[self.call.vocab_size :] = 0
-        self._add_targets(stats, wanted)
-        if self.call.shard is not None and self.gradients.hidden is not None:
-            self.call.shard.sum_(self.gradients.hidden)
-        return self.gradients
+        value = at_targets.gradient(stats, wanted, self.transform, self.targets >= 0, self._target_products)
+        late = self._late_weight_gradient(value)
+        self._flush(spend_weight=late is None)
+        if self.wanted[1] and late is None:
+            self._weight_gradient(torch.zeros)
+        self._add_targets(value)
+        if self.call.shard is not None and self._d_hidden is not None:
+            self.call.shard.sum_(self._d_hidden)
+        return Gradients(self._d_hidden, self._d_weight if late is None else late, self._d_bias)
 
-    def _fill_weight_gradient(self) -> None:
-        if self._weight_gradient_is_empty and self.gradients.weight is not None:
-            self.gradients.weight.zero_()
-        self._weight_gradient_is_empty = False
+    def _late_weight_gradient(self, value: Tensor) -> SparseProduct | None:
+        """dW unmade, if all rows are sparse. The targets' entries, ``value``, are fp32 here: the sample is coarser."""
+        makes_later = isinstance(self.kernels, LateProducts)
+        if not (self.wanted[1] and makes_later and self._entries and self._d_weight is None):
+            return None
+        [(_, entries)] = self._join_entries()
+        rows = torch.arange(len(value), dtype=torch.int32, device=value.device)
+        at_target = Entries(rows, self.targets.clamp(min=0).int(), value.float())
+        together = Entries(*(torch.cat(pair) for pair in zip(entries, at_target, strict=True)))
+        assert isinstance(self.kernels, LateProducts)
+        return self.kernels.keep_transposed(together, self.hidden, self._weight_shape[0])
 
-    def _add_targets(self, stats: RowStatistics, wanted: Coefficients) -> None:
+    def _add_targets(self, value: Tensor) -> None:
         """After all other products, rounded once: dW of a token that is somebody's target is mostly this."""
-        held = self.targets >= 0
-        value = at_targets.gradient(stats, wanted, self.transform, held, self._target_products)
-        if self.gradients.hidden is not None:
-            self.kernels.add_targets_times_weight(value, self.targets, self.products.weight, self.gradients.hidden)
-        if self.gradients.weight is not None:
-            self.kernels.add_targets_transposed_times(value, self.targets, self.hidden, self.gradients.weight)
-        if self.gradients.bias is not None:
+        if self._d_hidden is not None:
+            self.kernels.add_targets_times_weight(value, self.targets, self.products.weight, self._d_hidden)
+        if self._d_weight is not None:
+            self.kernels.add_targets_transposed_times(value, self.targets, self.hidden, self._d_weight)
+        if self._d_bias is not None:
             ones = value.new_ones(len(value), 1)
-            self.kernels.add_targets_transposed_times(value, self.targets, ones, self.gradients.bias[:, None])
+            self.kernels.add_targets_transposed_times(value, self.targets, ones, self._d_bias[:, None])
+
+
+def gpu_budget(weight_bytes: int) -> int:
+    """Bytes that the buffers of a pass may take on a GPU: ``GPU_BUFFER_BYTES``."""
+    return max(GPU_BUFFER_BYTES, weight_bytes)
 
 
 def buffer_rows(
-    num_rows: int, vocab: int, dtype: torch.dtype, gradient_dtype: torch.dtype, on_gpu: bool
+    num_rows: int, vocab: int, dtype: torch.dtype, gradient_dtype: torch.dtype, budget: int = 0, num_panels: int = 1
 ) -> tuple[int, int]:
-    """Rows of a chunk and of a panel: of the buffers of gradient rows and of logits. They are one where gradient rows
-    have the compute dtype, and so is the buffer.
+    """Rows of a chunk and of a panel: of the buffer of gradient rows and of the ``num_panels`` ones of logits. They are
+    one where gradient rows have the compute dtype, and so is the buffer.
+
+    Args:
+        budget: bytes of all buffers, on a GPU; 0 on a CPU.
     """
     row_bytes = vocab * dtype.itemsize
-    if not on_gpu:
+    if not budget:
         rows = even_parts(num_rows, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
         return rows, rows
     if gradient_dtype == dtype:
-        rows = even_parts(num_rows, (GPU_LOGIT_BYTES + GPU_GRADIENT_BYTES) // row_bytes)
+        rows = _tiled_parts(num_rows, budget // row_bytes)
         return rows, rows
-    chunk = even_parts(num_rows, GPU_GRADIENT_BYTES // (vocab * gradient_dtype.itemsize))
-    return chunk, even_parts(chunk, GPU_LOGIT_BYTES // row_bytes)
+    panel = _whole_tiles(int(GPU_LOGIT_SHARE * budget) // row_bytes)
+    rest = budget - num_panels * panel * row_bytes
+    chunk = _tiled_parts(num_rows, rest // (vocab * gradient_dtype.itemsize))
+    return chunk, min(panel, chunk)
+
+
+def _whole_tiles(rows: int) -> int:
+    """At most ``rows``, in whole tiles of the vendor's products where that leaves any."""
+    return max(1, rows // GPU_TILE_ROWS * GPU_TILE_ROWS or rows)
+
+
+def _tiled_parts(num_rows: int, most: int) -> int:
+    """Rows a part: as few parts as ``most`` allows, of one size, in whole tiles."""
+    most = _whole_tiles(most)
+    even = even_parts(num_rows, most)
+    return max(1, min(most, num_rows, -(-even // GPU_TILE_ROWS) * GPU_TILE_ROWS))
 
 
 def _aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from aapo_fast.objectives import Objective, Tokens
 from aapo_fast.ops.linear_policy import autograd, checks
 from aapo_fast.ops.linear_policy.chunked import Call
-from aapo_fast.ops.linear_policy.statistics import Transform, compute_dtype
+from aapo_fast.ops.linear_policy.statistics import SparseProduct, Transform, compute_dtype
 
 Vectors = tuple[Tensor, Tensor, Tensor]
 
@@ -171,7 +171,9 @@ def _policy_loss(
         loss, logps, entropy, gradients, rows = autograd.run_policy_loss(
             (hidden, weight, bias), targets, _rebuild(json.loads(objective), tensors), call, wanted
         )
-    d_hidden, d_weight, d_bias = (logps.new_empty(0) if g is None else g for g in gradients)
+    one, dtype, by = loss.new_ones(()), loss.dtype, call.implementation
+    made = [autograd.scaled(g, one, dtype, by) if isinstance(g, SparseProduct) else g for g in gradients]
+    d_hidden, d_weight, d_bias = (logps.new_empty(0) if g is None else g for g in made)
     if gradients.hidden is not None:
         d_hidden = autograd.scattered(d_hidden, rows, targets.numel(), 0.0)
     return loss, logps, entropy, d_hidden, d_weight, d_bias

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aapo_fast.ops.linear_policy.statistics import Coefficients, RowStatistics, Transform
+from aapo_fast.ops.linear_policy.statistics import Coefficients, Partials, RowStatistics, Transform
 
 BLOCK = 4096
 """Columns that a program holds at a time: 16 a thread, four 16-byte loads in flight."""
@@ -32,6 +32,22 @@ _LOWEST = tl.constexpr(-1e34)
 
 
 # --- from products to logits -----------------------------------------------------------------------------------------
+
+_LOG2_E, _LOG2_E_REST = tl.constexpr(1.44269502162933), tl.constexpr(1.92596303e-8)
+_LN_2 = tl.constexpr(0.693147180559945)
+_ZERO_BELOW = tl.constexpr(-150.0)
+
+
+@triton.jit
+def exp(x):
+    """exp of x <= 0 in fp32, to about an ulp. ``tl.exp`` is ``exp2(x log2 e)``: what the product rounds away makes it
+    wrong by x times that, 3e-7 at x = -10, where the digits of peaked rows are.
+    """
+    x = tl.where(x < _ZERO_BELOW, _ZERO_BELOW, x)  # NaN stays; -inf would become NaN below
+    power = x * _LOG2_E
+    rest = tl.fma(x, _LOG2_E_REST, tl.fma(x, _LOG2_E, -power))
+    e = tl.exp2(power)
+    return tl.fma(e, rest * _LN_2, e)
 
 
 @triton.jit
@@ -51,7 +67,7 @@ def logits(x, inner, outer, SOFTCAP: tl.constexpr):
     """z and d z / d x of raw products x: ``z = outer tanh(inner x)``, or ``z = inner x``."""
     if SOFTCAP:
         y = tl.abs(x * inner)
-        e = tl.exp(-2.0 * y)
+        e = exp(-2.0 * y)
         r = 1.0 / (1.0 + e)
         # (1 - e) / (1 + e) loses its digits near zero; there, a polynomial fitted on [0, 0.5] to 1.5e-8.
         y2 = y * y
@@ -89,7 +105,7 @@ def _sweep_1(
         z = tl.where(held, z, float("-inf"))
         top = tl.maximum(tl.max(z), _LOWEST)
         shifted = z - top
-        e = tl.exp(shifted)
+        e = exp(shifted)
         masses = tl.sum(e, 1)
         if KEEP_TILES:
             number = start // TILE + tile
@@ -98,7 +114,7 @@ def _sweep_1(
         mass = tl.sum(masses, 0)
         pull = tl.sum(e * tl.maximum(shifted, _LOWEST))
         before, row_max = row_max, tl.maximum(row_max, top)
-        old, new = tl.exp(before - row_max), tl.exp(top - row_max)
+        old, new = exp(before - row_max), exp(top - row_max)
         weighted = old * (weighted + (before - row_max) * total) + new * (pull + (top - row_max) * mass)
         total = old * total + new * mass
     return row_max, total.to(tl.float32), weighted.to(tl.float32)
@@ -114,23 +130,29 @@ def _logit_at(products, target, inner, outer, SOFTCAP: tl.constexpr):
 @triton.jit
 def _sweep_2(
     products, out, vocab, target, row_max, total, entropy, on_logp, on_entropy, on_logsumexp, inner, outer,
-    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BACKWARDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d products of one row into ``out``, which may be the memory of ``products``, in fp32 or narrower."""
+    """d loss / d products of one row into ``out``, which may be the memory of ``products``, in fp32 or narrower.
+
+    ``BACKWARDS``: begin at the end of the row, which the sweep before has left in the cache.
+    """
     live = (on_logp != 0.0) | (on_entropy != 0.0) | (on_logsumexp != 0.0)
     # A row that nothing depends on gives zeros, whatever is in it: its statistics are replaced, its products not read.
     row_max = tl.where(live, row_max, 0.0)
     inverse = 1.0 / tl.where(live, total, 1.0)
     offset = tl.where(live, entropy - tl.log(total), 0.0)
     readable = tl.where(live, vocab, 0)
-    for start in range(0, vocab, BLOCK):
+    last = (vocab - 1) // BLOCK * BLOCK
+    for place in range(0, vocab, BLOCK):
+        start = last - place if BACKWARDS else place
         column = start + tl.arange(0, BLOCK)
-        z, slope = logits(tl.load(products + column, mask=column < readable, other=0.0), inner, outer, SOFTCAP)
+        x = tl.load(products + column, mask=column < readable, other=0.0, eviction_policy="evict_first")
+        z, slope = logits(x, inner, outer, SOFTCAP)
         # All threads have read a block before any of them writes to it. Written narrower into the front of the row, a
         # block ends where, or before, what has been read ends: [2kB, 2(k+1)B) bytes in place of [4kB, 4(k+1)B).
         tl.debug_barrier()
         d = gradient_factor(z - row_max, offset, on_logp, on_entropy, on_logsumexp, ENTROPY)
-        d *= tl.exp(z - row_max) * inverse
+        d *= exp(z - row_max) * inverse
         d = tl.where(column == target, 0.0, d * slope)
         tl.store(out + column, d.to(out.dtype.element_ty), mask=column < vocab)
 
@@ -203,14 +225,14 @@ def gradient_kernel(
     _sweep_2(
         products + row * stride, out + row * out_stride, vocab, tl.load(targets + row), tl.load(row_max + row),
         tl.load(total + row), tl.load(entropy + row), tl.load(on_logp + row), coefficient(on_entropy, row, ENTROPY),
-        coefficient(on_logsumexp, row, LOGSUMEXP), inner, outer, SOFTCAP, ENTROPY, BLOCK,
+        coefficient(on_logsumexp, row, LOGSUMEXP), inner, outer, SOFTCAP, ENTROPY, False, BLOCK,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["targets", "temperature", "index"])
 def both_sweeps_kernel(
     products, stride, vocab, targets, temperature, scale, softcap, weights, index, out, out_stride, partials, num_rows,
-    SOFTCAP: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, BACKWARDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The two kernels above in one, with ``weights[index]`` as d loss / d logp and zero without a target."""
     row = tl.program_id(0).to(tl.int64)
@@ -224,7 +246,7 @@ def both_sweeps_kernel(
     _store_partials(partials + row, num_rows, row_max, total, weighted, at_target)
     # The target joins, as in statistics.finish.
     max_of_rest, row_max = row_max, tl.maximum(row_max, at_target)
-    total = total * tl.exp(max_of_rest - row_max) + tl.exp(at_target - row_max)
+    total = total * exp(max_of_rest - row_max) + exp(at_target - row_max)
     weight = tl.load(weights + tl.load(index + row), mask=target >= 0, other=0.0)
     nothing = tl.full([], 0.0, tl.float32)
     # No thread may write before every thread has read the row to its end.
@@ -232,8 +254,43 @@ def both_sweeps_kernel(
     out += row * out_stride
     _sweep_2(
         products, out, vocab, target, row_max, total, nothing, weight, nothing, nothing, inner, outer,
-        SOFTCAP, False, BLOCK,
+        SOFTCAP, False, BACKWARDS, BLOCK,
     )  # fmt: skip
+
+
+@triton.jit
+def finish_kernel(
+    max_of_rest, rest, weighted, target, logps, entropy, logsumexp, row_max, total, others, num_rows,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``statistics.finish`` in one launch; in fp64, which gives the logarithm the digits that ``log1p`` would."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    held = row < num_rows
+    top, at = tl.load(max_of_rest + row, mask=held, other=0.0), tl.load(target + row, mask=held, other=0.0)
+    highest = tl.maximum(top, at)
+    gap, gap_of_target = (top - highest).to(tl.float64), (at - highest).to(tl.float64)
+    factor, at_target = tl.exp(gap), tl.exp(gap_of_target)
+    beside = factor * tl.load(rest + row, mask=held, other=1.0).to(tl.float64)
+    sum_exps = beside + at_target
+    small = beside * (1.0 - 0.5 * beside)  # the sum may round such a thing away
+    log_total = tl.where((at_target == 1.0) & (beside < 1e-7), small, tl.log(sum_exps))
+    pull = factor * tl.load(weighted + row, mask=held, other=0.0).to(tl.float64)
+    pull += gap * beside + at_target * tl.maximum(gap_of_target, -1e30)
+    tl.store(logps + row, (gap_of_target - log_total).to(tl.float32), mask=held)
+    tl.store(entropy + row, (log_total - pull / sum_exps).to(tl.float32), mask=held)
+    tl.store(logsumexp + row, (highest.to(tl.float64) + log_total).to(tl.float32), mask=held)
+    tl.store(row_max + row, highest, mask=held)
+    tl.store(total + row, sum_exps.to(tl.float32), mask=held)
+    tl.store(others + row, (beside / sum_exps).to(tl.float32), mask=held)
+
+
+@triton.jit
+def scale_kernel(source, scale, out, size, BLOCK: tl.constexpr):
+    """``out = source * scale``, rounded once; ``scale`` points to a number."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    factor = tl.load(scale).to(tl.float32)
+    value = tl.load(source + place, mask=place < size, other=0.0) * factor
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=place < size)
 
 
 # --- launches --------------------------------------------------------------------------------------------------------
@@ -266,3 +323,27 @@ def row_vectors(rows: RowStatistics, wanted: Coefficients) -> list[Tensor]:
     """(C,) each: row_max, total, entropy, and the coefficients, with anything for one that is None."""
     vectors = (rows.row_max, rows.total, rows.entropy, wanted.logps, wanted.entropy, wanted.logsumexp)
     return [(wanted.logps if v is None else v).contiguous() for v in vectors]
+
+
+def finish(partials: Partials) -> RowStatistics:
+    """As ``statistics.finish``, fp32."""
+    num_rows = partials.row_max.numel()
+    found = partials.row_max.new_empty(6, num_rows)
+    if num_rows:
+        with torch.cuda.device_of(found):
+            finish_kernel[(triton.cdiv(num_rows, 128),)](
+                *(p.contiguous() for p in partials), *found, num_rows, BLOCK=128, num_warps=4
+            )
+    return RowStatistics(*found)
+
+
+def scaled(source: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``source * scale`` in ``dtype``: contiguous fp32 and a number on the same device, which the host does not see.
+
+    PyTorch's own product of these two dtypes reads and writes at a third of the bandwidth.
+    """
+    out = torch.empty_like(source, dtype=dtype)
+    if out.numel():
+        with torch.cuda.device_of(out):
+            scale_kernel[(triton.cdiv(out.numel(), BLOCK),)](source, scale, out, out.numel(), BLOCK=BLOCK, num_warps=8)
+    return out

@@ -5,6 +5,7 @@ Letters: C rows of a block, V vocabulary, T tiles of a row, E entries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from aapo_fast.ops import native
 from aapo_fast.ops.linear_policy import targets as at_targets
 from aapo_fast.ops.linear_policy.rows_torch import even_parts
-from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Partials, RowStatistics, Transform
+from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Partials, RowStatistics, Transform, finish
+from aapo_fast.ops.linear_policy.uniforms import row_uniforms
 
 BLOCK_BYTES = 16 * 2**20
 """Size of a block: what the second sweep reads again should still be in the cache that the cores share."""
@@ -43,6 +45,8 @@ class NativeRows:
         RuntimeError: the native extension cannot be used.
     """
 
+    blocks_between_tries = 0
+
     def __init__(self, chunk: Tensor, sparse: bool = False, columns: int | None = None) -> None:
         if chunk.dtype != torch.float32:
             raise ValueError(f"implementation='native' computes in fp32, not {chunk.dtype}; use implementation='torch'")
@@ -58,6 +62,9 @@ class NativeRows:
         partials = products.new_empty(4, products.shape[0])
         self._run.statistics(*_block(products, targets, transform), partials, self._tiles, self._level)
         return Partials(*partials)
+
+    def finish(self, partials: Partials) -> RowStatistics:
+        return finish(partials)
 
     def gradient(
         self,
@@ -80,7 +87,23 @@ class NativeRows:
         _move(products, out)
         return Partials(*partials)
 
+    def uniforms(self, seed: int, rows: Tensor) -> Tensor:
+        return row_uniforms(seed, rows)
+
     def sparse_gradient(
+        self,
+        products: Tensor,
+        targets: Tensor,
+        rows: RowStatistics,
+        wanted: Coefficients,
+        transform: Transform,
+        threshold: float,
+        uniforms: Tensor,
+    ) -> Callable[[], Entries | None]:
+        entries = self._entries(products, targets, rows, wanted, transform, threshold, uniforms)
+        return lambda: entries
+
+    def _entries(
         self,
         products: Tensor,
         targets: Tensor,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from aapo_fast.ops.linear_policy import sparse
 from aapo_fast.ops.linear_policy import targets as at_targets
-from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Partials, RowStatistics, Transform
+from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Partials, RowStatistics, Transform, finish
+from aapo_fast.ops.linear_policy.uniforms import row_uniforms
 
 BLOCK_BYTES = 8 * 2**20
 """Size of a block on the CPU: two of them should fit the cache. On a GPU a block is the whole chunk."""
@@ -27,6 +30,8 @@ class TorchRows:
         chunk: the (C, V) buffer that blocks are views of.
         columns: by which rows are cut into blocks: V, or what shards of unequal V have agreed on.
     """
+
+    blocks_between_tries = 0
 
     def __init__(self, chunk: Tensor, columns: int) -> None:
         rows, vocab = chunk.shape
@@ -49,6 +54,9 @@ class TorchRows:
         shifted = z.sub_(row_max[:, None])
         exps = torch.exp(shifted, out=self._exps[: z.shape[0], : z.shape[1]])
         return Partials(row_max, exps.sum(1), torch.linalg.vecdot(exps, shifted), at_target)
+
+    def finish(self, partials: Partials) -> RowStatistics:
+        return finish(partials)
 
     def gradient(
         self,
@@ -76,7 +84,23 @@ class TorchRows:
         if out.data_ptr() != d.data_ptr():
             out.copy_(d)
 
+    def uniforms(self, seed: int, rows: Tensor) -> Tensor:
+        return row_uniforms(seed, rows)
+
     def sparse_gradient(
+        self,
+        products: Tensor,
+        targets: Tensor,
+        rows: RowStatistics,
+        wanted: Coefficients,
+        transform: Transform,
+        threshold: float,
+        uniforms: Tensor,
+    ) -> Callable[[], Entries | None]:
+        entries = self._entries(products, targets, rows, wanted, transform, threshold, uniforms)
+        return lambda: entries
+
+    def _entries(
         self,
         products: Tensor,
         targets: Tensor,

@@ -5,11 +5,13 @@ Letters: C rows of a panel, V vocabulary (of this shard), T tiles of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 from torch import Tensor
 
-from aapo_fast.ops.linear_policy import sparse_triton, targets_triton
+from aapo_fast.ops.linear_policy import kernels_triton, sparse_triton, targets_triton
 from aapo_fast.ops.linear_policy.kernels_triton import (
     BLOCK,
     TILE,
@@ -20,7 +22,14 @@ from aapo_fast.ops.linear_policy.kernels_triton import (
     row_vectors,
     statistics_kernel,
 )
-from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Partials, RowStatistics, Transform
+from aapo_fast.ops.linear_policy.statistics import (
+    Coefficients,
+    Entries,
+    Partials,
+    RowStatistics,
+    SparseProduct,
+    Transform,
+)
 
 
 class TritonRows:
@@ -31,21 +40,29 @@ class TritonRows:
         sparse: keep of each tile what ``sparse_gradient`` needs.
     """
 
+    blocks_between_tries = 7
+
     def __init__(self, chunk: Tensor, sparse: bool = False) -> None:
         if chunk.dtype != torch.float32:
             raise ValueError(f"implementation='triton' computes in fp32, not {chunk.dtype}; use implementation='torch'")
         self.block_rows = max(1, chunk.shape[0])
-        shape = (chunk.shape[0], triton.cdiv(chunk.shape[1], TILE))
-        self._tiles = Tiles(chunk.new_empty(shape), chunk.new_empty(shape)) if sparse else None
+        self._sparse = sparse
+        self._tiles: Tiles | None = None
 
     def statistics(self, products: Tensor, targets: Tensor, transform: Transform) -> Partials:
         partials = products.new_empty(4, products.shape[0])
-        level, mass = self._tiles or (partials, partials)
+        level, mass = partials, partials
+        if self._sparse:  # of this block alone: the one before may still wait to be spent
+            shape = 2, products.shape[0], triton.cdiv(products.shape[1], TILE)
+            level, mass = self._tiles = Tiles(*products.new_empty(shape))
         launch(
             statistics_kernel, products, targets, transform, partials, products.shape[0], level, mass, level.stride(0),
-            KEEP_TILES=self._tiles is not None, TILE=BLOCK if self._tiles is None else TILE, BLOCK=BLOCK,
+            KEEP_TILES=self._sparse, TILE=TILE if self._sparse else BLOCK, BLOCK=BLOCK,
         )  # fmt: skip
         return Partials(*partials)
+
+    def finish(self, partials: Partials) -> RowStatistics:
+        return kernels_triton.finish(partials)
 
     def gradient(
         self, products: Tensor, targets: Tensor, rows: RowStatistics, wanted: Coefficients, transform: Transform,
@@ -61,18 +78,24 @@ class TritonRows:
         self, products: Tensor, targets: Tensor, weights: Tensor, index: Tensor, transform: Transform, out: Tensor
     ) -> Partials:
         partials = products.new_empty(4, products.shape[0])
+        # Narrower rows in the front of their own memory would overwrite what is not yet read.
+        apart = out.untyped_storage().data_ptr() != products.untyped_storage().data_ptr()
+        backwards = apart or out.dtype == products.dtype
         launch(
             both_sweeps_kernel, products, targets, transform, weights.float().contiguous(), index.contiguous(), out,
-            out.stride(0), partials, products.shape[0], BLOCK=BLOCK,
+            out.stride(0), partials, products.shape[0], BACKWARDS=backwards, BLOCK=BLOCK,
         )  # fmt: skip
         return Partials(*partials)
+
+    def uniforms(self, seed: int, rows: Tensor) -> Tensor:
+        return sparse_triton.row_uniforms(seed, rows)
 
     def sparse_gradient(
         self, products: Tensor, targets: Tensor, rows: RowStatistics, wanted: Coefficients, transform: Transform,
         threshold: float, uniforms: Tensor,
-    ) -> Entries | None:  # fmt: skip
+    ) -> Callable[[], Entries | None]:  # fmt: skip
         assert self._tiles is not None, "made without sparse=True"
-        tiles = Tiles(*(t[: products.shape[0]] for t in self._tiles))
+        tiles, self._tiles = self._tiles, None
         return sparse_triton.sparse_gradient(products, targets, tiles, rows, wanted, transform, threshold, uniforms)
 
     def add_times_weight(self, entries: Entries, weight: Tensor, out: Tensor) -> None:
@@ -86,3 +109,6 @@ class TritonRows:
 
     def add_targets_transposed_times(self, value: Tensor, target: Tensor, hidden: Tensor, out: Tensor) -> None:
         targets_triton.add_transposed_times(value, target, hidden, out)
+
+    def keep_transposed(self, entries: Entries, hidden: Tensor, num_lines: int) -> SparseProduct:
+        return SparseProduct(*sparse_triton.transposed(entries, num_lines), hidden)

@@ -15,12 +15,9 @@ from aapo_fast.objectives import LinearWeights, Objective, Tokens
 from aapo_fast.ops.linear_policy.chunked import Gradients, Pass
 from aapo_fast.ops.linear_policy.statistics import (
     Coefficients,
-    Partials,
     RowStatistics,
-    finish,
     joined,
     joined_coefficients,
-    no_partials,
     no_rows,
 )
 
@@ -49,15 +46,15 @@ def _visit(work: Pass, objective: Objective, counts: Tensor) -> tuple[RowStatist
     found: list[RowStatistics] = [no_rows(work.dtype, work.hidden.device)]
     coefficients: list[Coefficients] = [Coefficients(found[0].logps)]
     for chunk in work.chunks():
-        for rows, products, gradient in work.blocks(chunk):
+        for rows, products in work.blocks(chunk):
             stats = work.sweep(rows, products)
             block_loss, wanted = _differentiate(objective, stats, work.numbers[rows], counts[rows])
             if work.wants_gradient():
-                work.spend(rows, products, gradient, stats, wanted)
+                work.spend(rows, products, stats, wanted)
             loss += block_loss
             found.append(stats)
             coefficients.append(wanted)
-        work.end_chunk(chunk)
+        work.end_chunk()
     return joined(found), loss, joined_coefficients(coefficients)
 
 
@@ -65,19 +62,17 @@ def _visit_with_known_weights(work: Pass, linear: LinearWeights, counts: Tensor)
     """Statistics of all rows, for a loss whose coefficients need none; both sweeps in one launch where that exists."""
     linear = LinearWeights(linear.weights, linear.sequence_index[work.numbers])
     wanted = Coefficients(linear.weights.to(work.dtype)[linear.sequence_index].where(counts, 0.0))
-    at_once = work.can_sweep_at_once()
-    partials: list[Partials] = [no_partials(work.dtype, work.hidden.device)]
-    found: list[RowStatistics] = [finish(partials[0])]
+    found: list[RowStatistics] = [no_rows(work.dtype, work.hidden.device)]
     for chunk in work.chunks():
-        for rows, products, gradient in work.blocks(chunk):
-            if at_once:
-                partials.append(work.sweep_and_spend(rows, products, gradient, linear))
+        for rows, products in work.blocks(chunk):
+            if work.sweeps_at_once():
+                found.append(work.sweep_and_spend(rows, products, linear))
                 continue
             found.append(work.sweep(rows, products))
             if work.wants_gradient():
-                work.spend(rows, products, gradient, found[-1], wanted.of(rows))
-        work.end_chunk(chunk)
-    return finish(joined(partials)) if at_once else joined(found)
+                work.spend(rows, products, found[-1], wanted.of(rows))
+        work.end_chunk()
+    return joined(found)
 
 
 def _differentiate(
@@ -109,7 +104,7 @@ def statistics(work: Pass) -> tuple[Tensor, Tensor, Tensor]:
     """(M,) log-probabilities, entropies and log-sum-exps; zero in rows without a target."""
     found: list[RowStatistics] = [no_rows(work.dtype, work.hidden.device)]
     for chunk in work.chunks():
-        found += [work.sweep(rows, products) for rows, products, _ in work.blocks(chunk)]
+        found += [work.sweep(rows, products) for rows, products in work.blocks(chunk)]
     logps, entropy, logsumexp = (values.where(work.has_target, 0.0) for values in joined(found)[:3])
     return logps, entropy, logsumexp
 
@@ -122,8 +117,8 @@ def gradients(work: Pass, upstream: Sequence[Tensor | None]) -> Gradients:
     wanted = Coefficients(d_logps, *others)
     found: list[RowStatistics] = [no_rows(work.dtype, work.hidden.device)]
     for chunk in work.chunks():
-        for rows, products, gradient in work.blocks(chunk):
+        for rows, products in work.blocks(chunk):
             found.append(work.sweep(rows, products))
-            work.spend(rows, products, gradient, found[-1], wanted.of(rows))
-        work.end_chunk(chunk)
+            work.spend(rows, products, found[-1], wanted.of(rows))
+        work.end_chunk()
     return work.end(joined(found), wanted)

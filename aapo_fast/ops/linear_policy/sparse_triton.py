@@ -12,6 +12,7 @@ Letters: C rows of a block, V vocabulary, T tiles and S sections of a row, E ent
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,13 +24,14 @@ from aapo_fast.ops.linear_policy.kernels_triton import (
     TILE,
     Tiles,
     coefficient,
+    exp,
     gradient_factor,
     launch,
     logits,
     row_factors,
     row_vectors,
 )
-from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, RowStatistics, Transform
+from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, RowStatistics, SparseProduct, Transform
 
 DENSE_SHARE = 0.004
 """From this share of the vocabulary on, sparse products cost more than dense ones. By arithmetic, not measured: an
@@ -40,11 +42,23 @@ SECTION = 32
 
 SMALLEST_THRESHOLD = 2.0**-20
 
-GROUP, WIDTH = 8, 1024
-"""Entries and columns that a program of the products holds at a time: 64 sums a thread, 16 KB of bf16 in flight."""
+GROUP, WIDTH = 4, 2048
+"""Entries and columns that a program of the products holds at a time: 64 sums a thread, 16 KB of bf16 in flight. Half
+the columns where much of the last program's would lie beyond H."""
 
 _FRACTION = tl.constexpr(40)
 _ONE = tl.constexpr(2.0**40)
+
+
+# --- the sample's uniforms -------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["seed", "num_rows"])
+def uniforms_kernel(rows, seed, out, num_rows, BLOCK: tl.constexpr):
+    """``uniforms.row_uniforms`` in one launch instead of three hundred."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(rows + place, mask=place < num_rows, other=0).to(tl.int32)
+    tl.store(out + place, tl.rand(seed, row), mask=place < num_rows)
 
 
 # --- the walk --------------------------------------------------------------------------------------------------------
@@ -53,7 +67,7 @@ _ONE = tl.constexpr(2.0**40)
 @triton.jit
 def _tile_mass(tile_level, tile_mass, tile, row_max, inverse):
     """Probability of a whole tile, from what sweep 1 kept."""
-    return tl.exp(tl.load(tile_level + tile) - row_max) * tl.load(tile_mass + tile) * inverse
+    return exp(tl.load(tile_level + tile) - row_max) * tl.load(tile_mass + tile) * inverse
 
 
 @triton.jit
@@ -63,7 +77,7 @@ def _open(products, tile, vocab, target, row_max, inverse, inner, outer, SOFTCAP
     held = (column < vocab) & (column != target)
     z, slope = logits(tl.load(products + column, mask=column < vocab, other=0.0), inner, outer, SOFTCAP)
     shifted = z - row_max
-    return column, shifted, tl.where(held, tl.exp(shifted) * inverse, 0.0), slope
+    return column, shifted, tl.where(held, exp(shifted) * inverse, 0.0), slope
 
 
 @triton.jit
@@ -166,31 +180,55 @@ def emit_kernel(
         stands += dust
 
 
+@triton.jit
+def plan_kernel(counts, dusts, uniforms, num_sections, stands, numbers, expected, SECTIONS: tl.constexpr):
+    """``Plan`` of one row from what was counted: ``numbers`` (C, S) entries of each section, ``expected`` (C,)."""
+    row, section = tl.program_id(0).to(tl.int64), tl.arange(0, SECTIONS)
+    held = section < num_sections
+    place = row * num_sections + section
+    count, dust = tl.load(counts + place, mask=held, other=0), tl.load(dusts + place, mask=held, other=0)
+    after = tl.cumsum(dust, 0) + (tl.load(uniforms + row).to(tl.float64) * _ONE).to(tl.int64)
+    stand = after - dust
+    tl.store(stands + place, stand, mask=held)
+    tl.store(numbers + place, count + (after >> _FRACTION) - (stand >> _FRACTION), mask=held)
+    tl.store(expected + row, tl.sum(count, 0).to(tl.float64) + tl.sum(dust, 0).to(tl.float64) / _ONE)
+
+
 # --- the products ----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def add_gathered_kernel(
-    starts, index, value, source, source_stride, width, out, out_stride, GROUP: tl.constexpr, WIDTH: tl.constexpr
-):
-    """``out[s] += sum of value[e] * source[index[e]]`` for e in [starts[s], starts[s + 1]); WIDTH columns a program."""
+def gather_kernel(
+    starts, index, value, source, source_stride, width, scale, out, out_stride,
+    ADD: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """``out[s]`` = sum of ``value[e] * source[index[e]]`` for e in [starts[s], starts[s + 1]); WIDTH columns a program.
+
+    Added to ``out`` if ADD; else times the number at ``scale``, rounded once to the dtype of ``out``.
+    """
     segment = tl.program_id(0).to(tl.int64)
     start, end = tl.load(starts + segment), tl.load(starts + segment + 1)
-    if start == end:
+    if ADD & (start == end):
         return
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    held = column < width
     total = tl.zeros([GROUP, WIDTH], tl.float32)
     for first in range(start, end, GROUP):
         entry = first + tl.arange(0, GROUP)
         line = tl.load(index + entry, mask=entry < end, other=0).to(tl.int64)
         factor = tl.load(value + entry, mask=entry < end, other=0.0)
         part = tl.load(
-            source + line[:, None] * source_stride + column[None, :],
-            mask=(entry < end)[:, None] & (column < width)[None, :], other=0.0,
+            source + line[:, None] * source_stride + column[None, :], mask=(factor != 0.0)[:, None] & held[None, :],
+            other=0.0,
         )  # fmt: skip
         total += factor[:, None] * part.to(tl.float32)
     out += segment * out_stride + column
-    tl.store(out, tl.load(out, mask=column < width) + tl.sum(total, 0), mask=column < width)
+    made = tl.sum(total, 0)
+    if ADD:
+        made += tl.load(out, mask=held)
+    else:
+        made *= tl.load(scale).to(tl.float32)
+    tl.store(out, made.to(out.dtype.element_ty), mask=held)
 
 
 # --- launches --------------------------------------------------------------------------------------------------------
@@ -213,15 +251,46 @@ class Plan(NamedTuple):
 def sparse_gradient(
     products: Tensor, targets: Tensor, tiles: Tiles, rows: RowStatistics, wanted: Coefficients, transform: Transform,
     threshold: float, uniforms: Tensor,
-) -> Entries | None:  # fmt: skip
-    """As in ``RowKernels``. Waits for the device once, to know how many entries there are."""
+) -> Callable[[], Entries | None]:  # fmt: skip
+    """As in ``RowKernels``. What it returns waits for the device, to know how many entries there are."""
     walk = (products, targets, tiles, rows, wanted, transform, threshold)
     plan = count(*walk, uniforms)
-    num_entries, expected = torch.stack([plan.starts[-1].double(), plan.expected]).tolist()
-    # By the mean, which does not look at the uniforms: a choice that did would bias the sample.
-    if expected > DENSE_SHARE * products.numel():
-        return None
-    return emit(*walk, plan, int(num_entries))
+    read = _read_later(plan.starts[-1], plan.expected)
+
+    def entries() -> Entries | None:
+        num_entries, expected = read()
+        # By the mean, which does not look at the uniforms: a choice that did would bias the sample.
+        if expected > DENSE_SHARE * products.numel():
+            return None
+        return emit(*walk, plan, int(num_entries))
+
+    return entries
+
+
+def row_uniforms(seed: int, rows: Tensor) -> Tensor:
+    """As ``uniforms.row_uniforms``, the same bits."""
+    out = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+    if rows.numel():
+        signed = (seed + 2**63) % 2**64 - 2**63
+        with torch.cuda.device_of(out):
+            uniforms_kernel[(triton.cdiv(rows.numel(), 256),)](rows, signed, out, rows.numel(), BLOCK=256)
+    return out
+
+
+def _read_later(*numbers: Tensor) -> Callable[[], list[float]]:
+    """Numbers on the way to the host, which waits for what is queued by now, and not for what is queued later."""
+    if not numbers[0].is_cuda:
+        return lambda: [n.item() for n in numbers]
+    room = torch.empty(len(numbers), dtype=torch.float64, pin_memory=True)
+    room.copy_(torch.stack([n.double() for n in numbers]), non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(numbers[0].device))
+
+    def read() -> list[float]:
+        arrived.synchronize()
+        return room.tolist()
+
+    return read
 
 
 def count(
@@ -239,12 +308,16 @@ def count(
     counts = torch.empty(shape, dtype=torch.int32, device=products.device)
     dusts = torch.empty_like(counts, dtype=torch.int64)
     _walk(count_kernel, products, targets, tiles, rows, wanted, transform, threshold, counts, dusts)
-    expected = counts.sum().double() + dusts.sum(dtype=torch.float64) / _ONE.value
-    after = dusts.cumsum(1).add_((uniforms.double() * _ONE.value).long()[:, None])
-    stands = after - dusts
-    starts = dusts.new_zeros(counts.numel() + 1)
-    torch.cumsum((counts + (after >> _FRACTION.value) - (stands >> _FRACTION.value)).view(-1), 0, out=starts[1:])
-    return Plan(stands, starts, expected)
+    stands, numbers = torch.empty_like(dusts), torch.empty_like(dusts)
+    expected = torch.empty(shape[0], dtype=torch.float64, device=products.device)
+    with torch.cuda.device_of(products):
+        plan_kernel[(shape[0],)](
+            counts, dusts, uniforms.contiguous(), shape[1], stands, numbers, expected,
+            SECTIONS=triton.next_power_of_2(shape[1]), num_warps=1,
+        )  # fmt: skip
+    starts = numbers.new_zeros(numbers.numel() + 1)
+    torch.cumsum(numbers.view(-1), 0, out=starts[1:])
+    return Plan(stands, starts, expected.sum())
 
 
 def emit(
@@ -252,8 +325,8 @@ def emit(
     threshold: float, plan: Plan, num_entries: int,
 ) -> Entries:  # fmt: skip
     """The entries that were counted: int32, int32, fp32, row by row. ``num_entries``: ``plan.starts[-1]``."""
-    row = torch.zeros(num_entries, dtype=torch.int32, device=products.device)
-    column, value = torch.zeros_like(row), torch.zeros_like(row, dtype=torch.float32)
+    row, column, bits = torch.zeros(3, num_entries, dtype=torch.int32, device=products.device)
+    value = bits.view(torch.float32)
     given = (products, targets, tiles, rows, wanted, transform, threshold)
     _walk(emit_kernel, *given, plan.stands, plan.starts, row, column, value)
     return Entries(row, column, value)
@@ -275,23 +348,50 @@ def _walk(
 
 def add_times_weight(entries: Entries, weight: Tensor, out: Tensor) -> None:
     """``out += S @ weight``: entries row by row, (V, H) of any dtype, (C, H) fp32. The order of the sums is fixed."""
-    _add_gathered(entries.row, entries.column, entries.value, weight, out)
+    _gather(Segments(_starts(entries.row, len(out)), entries.column, entries.value), weight, out)
 
 
 def add_transposed_times(entries: Entries, hidden: Tensor, out: Tensor) -> None:
     """``out += S.T @ hidden``: (C, H) of any dtype, (V, H) fp32. The order of the sums is fixed."""
+    _gather(transposed(entries, len(out)), hidden, out)
+
+
+class Segments(NamedTuple):
+    """Sparse rows: those of line s are entries [starts[s], starts[s + 1]), ``value`` at ``place``."""
+
+    starts: Tensor
+    place: Tensor
+    value: Tensor
+
+
+def transposed(entries: Entries, num_columns: int) -> Segments:
+    """S.T, its lines the columns of S, each in the order of the rows."""
     column, order = torch.sort(entries.column, stable=True)
-    _add_gathered(column, entries.row[order], entries.value[order], hidden, out)
+    return Segments(_starts(column, num_columns), entries.row[order], entries.value[order])
 
 
-def _add_gathered(segment: Tensor, index: Tensor, value: Tensor, source: Tensor, out: Tensor) -> None:
-    """``out[segment[e]] += value[e] * source[index[e]]``, with ``segment`` in ascending order."""
+def made(product: SparseProduct, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """(lines, H) of ``dtype``: ``scale * (S @ source)``, rounded once."""
+    *segments, source = product
+    kernel_dtype = dtype if source.is_cuda else torch.float32  # the interpreter cuts bf16 off instead of rounding
+    out = torch.empty(product.starts.numel() - 1, source.shape[1], dtype=kernel_dtype, device=source.device)
+    _gather(Segments(*segments), source, out, scale)
+    return out.to(dtype)
+
+
+def _starts(line: Tensor, num_lines: int) -> Tensor:
+    """(num_lines + 1,) of lines in ascending order."""
+    return torch.searchsorted(line, torch.arange(num_lines + 1, dtype=line.dtype, device=line.device))
+
+
+def _gather(segments: Segments, source: Tensor, out: Tensor, scale: Tensor | None = None) -> None:
     lines, width = out.shape
-    starts = torch.searchsorted(segment, torch.arange(lines + 1, dtype=segment.dtype, device=segment.device))
+    if lines == 0 or width == 0:
+        return
     source = source if source.stride(1) == 1 else source.contiguous()
-    grid = (lines, triton.cdiv(width, WIDTH))
+    columns = WIDTH if triton.cdiv(width, WIDTH) * WIDTH < 1.13 * width else WIDTH // 2
     with torch.cuda.device_of(out):
-        add_gathered_kernel[grid](
-            starts, index, value, source, source.stride(0), width, out, out.stride(0), GROUP=GROUP, WIDTH=WIDTH,
-            num_warps=4,
+        gather_kernel[lines, triton.cdiv(width, columns)](
+            *segments, source, source.stride(0), width, segments.value if scale is None else scale, out, out.stride(0),
+            ADD=scale is None, GROUP=GROUP, WIDTH=columns, num_warps=4,
         )  # fmt: skip

@@ -12,9 +12,9 @@ Letters: C rows of a chunk or block, V vocabulary (of this shard).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -101,16 +101,32 @@ class Entries(NamedTuple):
     value: Tensor
 
 
+class SparseProduct(NamedTuple):
+    """A product ``S @ source`` that is still to be made: line s of S has ``value[e]`` at ``place[e]`` for e in
+    [starts[s], starts[s + 1]).
+    """
+
+    starts: Tensor
+    place: Tensor
+    value: Tensor
+    source: Tensor
+
+
 class RowKernels(Protocol):
     """One implementation of the sweeps, for one run over the rows; it may keep buffers between them."""
 
     block_rows: int
+    blocks_between_tries: int
+    """After a block that was too full for sparse rows: blocks that are dense without a look."""
 
     def statistics(self, products: Tensor, targets: Tensor, transform: Transform) -> Partials:
         """Sweep 1 over (C, V) raw products, which it may overwrite. A target of -1 is in no column of this shard.
 
         One sweep of a block: what it leaves in ``products`` is for the methods below.
         """
+
+    def finish(self, partials: Partials) -> RowStatistics:
+        """``finish`` of this module."""
 
     def gradient(self, products: Tensor, targets: Tensor, rows: RowStatistics, wanted: Coefficients,
                  transform: Transform, out: Tensor) -> None:  # fmt: skip
@@ -120,9 +136,17 @@ class RowKernels(Protocol):
         narrower dtype.
         """
 
-    def sparse_gradient(self, products: Tensor, targets: Tensor, rows: RowStatistics, wanted: Coefficients,
-                        transform: Transform, threshold: float, uniforms: Tensor) -> Entries | None:  # fmt: skip
-        """The same, sparsely (section "Sparse" of README.md); None where dense rows are cheaper."""
+    def uniforms(self, seed: int, rows: Tensor) -> Tensor:
+        """(C,) of the sample: ``uniforms.row_uniforms``, to the bit."""
+
+    def sparse_gradient(
+        self, products: Tensor, targets: Tensor, rows: RowStatistics, wanted: Coefficients, transform: Transform,
+        threshold: float, uniforms: Tensor,
+    ) -> Callable[[], Entries | None]:  # fmt: skip
+        """The same, sparsely (section "Sparse" of README.md); None where dense rows are cheaper.
+
+        To be called when the entries are wanted; ``products`` must be left alone until then.
+        """
 
     def add_times_weight(self, entries: Entries, weight: Tensor, out: Tensor) -> None:
         """``out += S @ weight``: (C, V) entries and (V, H) to (C, H)."""
@@ -144,6 +168,16 @@ class OneLaunch(Protocol):
     def both_sweeps(self, products: Tensor, targets: Tensor, weights: Tensor, index: Tensor, transform: Transform,
                     out: Tensor) -> Partials:  # fmt: skip
         """Sweeps 1 and 2 with ``weights[index]`` as d loss / d logp; rows with target -1 give zeros."""
+
+
+@runtime_checkable
+class LateProducts(Protocol):
+    """Row kernels that can make dW of sparse rows in the backward: in the weight's dtype, scaled, rounded once, without
+    an fp32 accumulator.
+    """
+
+    def keep_transposed(self, entries: Entries, hidden: Tensor, num_lines: int) -> SparseProduct:
+        """``S.T @ hidden`` with ``num_lines`` lines."""
 
 
 def merge(shards: Sequence[Partials]) -> Partials:
@@ -182,22 +216,14 @@ def finish(partials: Partials) -> RowStatistics:
     )
 
 
-def no_partials(dtype: torch.dtype, device: torch.device) -> Partials:
-    """Those of no row."""
-    return Partials(*torch.zeros(4, 0, dtype=dtype, device=device))
-
-
 def no_rows(dtype: torch.dtype, device: torch.device) -> RowStatistics:
     """The statistics of no row."""
-    return finish(no_partials(dtype, device))
+    return RowStatistics(*torch.zeros(6, 0, dtype=dtype, device=device))
 
 
-_Vectors = TypeVar("_Vectors", Partials, RowStatistics)
-
-
-def joined(blocks: Sequence[_Vectors]) -> _Vectors:
+def joined(blocks: Sequence[RowStatistics]) -> RowStatistics:
     """Those of blocks, one after the other."""
-    return type(blocks[0])(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+    return RowStatistics(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
 
 
 def joined_coefficients(blocks: Sequence[Coefficients]) -> Coefficients:
