@@ -25,11 +25,10 @@ import torch
 
 import aapo_fast as af
 from aapo_fast.bench import builtin, clock, inputs, machine, shapes
-from aapo_fast.ops.linear_policy import chunked, kernels_triton, rows_triton, sparse_triton
-from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Transform, finish
+from aapo_fast.ops.linear_policy import chunked, kernels_triton, rows_triton, sparse_triton, targets_triton
+from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, SparseProduct, Transform, finish
 
 GOALS = ("8192,4096,151936", "4096,4096,128256", "16384,2048,248320")
-MIB = 2**20
 
 
 def milliseconds(function, *arguments, **options):
@@ -116,14 +115,12 @@ def whole_pass(shape):
 
 
 def budgets(shape):
-    """The exact and the sparse pass by (MiB of logits, MiB of gradient rows)."""
+    """The exact and the sparse pass by GiB of buffers."""
     problem, found = problem_of(shape), []
-    for logits, gradients in ((160, 640), (320, 640), (640, 640), (320, 320), (320, 1280), (640, 1280), (1280, 2560)):
-        with ExitStack() as stack:
-            stack.enter_context(patch.object(chunked, "GPU_LOGIT_BYTES", logits * MIB))
-            stack.enter_context(patch.object(chunked, "GPU_GRADIENT_BYTES", gradients * MIB))
+    for gib in (0.5, 1, 1.5, 2, 4):
+        with patch.object(chunked, "gpu_budget", lambda weight_bytes, gib=gib: int(gib * 2**30)):
             row = timed(problem, our_runs(problem, ("exact", "sparse-13")), rounds=4)
-            found.append({"logits MiB": logits, "rows MiB": gradients, **row})
+            found.append({"GiB": gib, **row})
     return found
 
 
@@ -168,26 +165,30 @@ def sweeps(shape):
     _, z, targets = panel(shape)
     out = torch.empty_like(z, dtype=torch.bfloat16)
     found = [{"floors": "", "read": milliseconds(z.amax, 1), "to bf16": milliseconds(out.copy_, z)}]
-    for block, warps in ((4096, 8), (8192, 8), (8192, 16), (4096, 16), (2048, 4), (4096, 4)):
+    for block, warps in ((4096, 8), (4096, 16), (8192, 16), (8192, 32), (16384, 32), (2048, 8), (2048, 16)):
         with ExitStack() as stack:
             for module in (kernels_triton, rows_triton):
                 stack.enter_context(patch.object(module, "BLOCK", block))
             stack.enter_context(patch.object(kernels_triton, "NUM_WARPS", warps))
-            found.append({"BLOCK": block, "warps": warps, **_sweeps_of(z, targets, out)})
+            found.append({"BLOCK": block, "warps": warps, **_sweeps_of(z, targets, out, block)})
     return found
 
 
-def _sweeps_of(z, targets, out):
+def _sweeps_of(z, targets, out, block):
     plain, tiled = (rows_triton.TritonRows(z, sparse=sparse) for sparse in (False, True))
     given = z, targets
     stats = finish(plain.statistics(*given, Transform()))
     wanted = Coefficients(torch.full_like(stats.logps, 1e-4))
-    weights, index = wanted.logps[:1], torch.zeros_like(targets)
+    both = (
+        kernels_triton.both_sweeps_kernel, *given, Transform(), wanted.logps[:1], torch.zeros_like(targets), out,
+        out.stride(0), z.new_empty(4, len(z)), len(z),
+    )  # fmt: skip
     return {
         "statistics": milliseconds(plain.statistics, *given, Transform()),
         "statistics, tiles": milliseconds(tiled.statistics, *given, Transform()),
         "gradient": milliseconds(plain.gradient, *given, stats, wanted, Transform(), out),
-        "both": milliseconds(plain.both_sweeps, *given, weights, index, Transform(), out),
+        "both": milliseconds(kernels_triton.launch, *both, BACKWARDS=False, BLOCK=block),
+        "both, backwards": milliseconds(kernels_triton.launch, *both, BACKWARDS=True, BLOCK=block),
     }
 
 
@@ -218,16 +219,34 @@ def gathers(shape):
     x, w = problem.hidden.detach(), problem.weight.detach()
     dx, dw = torch.zeros(x.shape, device="cuda"), torch.zeros(w.shape, device="cuda")
     entries = Entries(*made)
+    lines = sparse_triton.transposed(entries, len(w))
+    value = torch.rand(len(x), device="cuda", dtype=torch.float64)
+    for group, width, warps in ((4, 512, 4), (2, 1024, 4), (2, 2048, 8), (1, 2048, 4), (4, 2048, 8)):
+        with (
+            patch.object(targets_triton, "GROUP", group),
+            patch.object(targets_triton, "GROUP_WIDTH", width),
+            patch.object(targets_triton, "NUM_WARPS", warps),
+        ):
+            found.append(
+                {
+                    "targets GROUP": group,
+                    "WIDTH": width,
+                    "warps": warps,
+                    "dW": milliseconds(targets_triton.add_transposed_times, value, problem.targets, x, dw),
+                }
+            )
     found.append({
         "entries": made.row.numel(), "sort of entries": milliseconds(torch.sort, made.column, stable=True),
         "zero dW": milliseconds(dw.zero_), "dW to bf16": milliseconds(torch.empty_like(w).copy_, dw),
     })  # fmt: skip
-    for group, width in ((8, 1024), (4, 1024), (16, 512), (8, 512), (4, 2048), (8, 256)):
+    one = torch.ones((), device="cuda")
+    for group, width in ((8, 1024), (4, 1024), (2, 2048), (4, 2048), (8, 2048), (2, 4096), (4, 4096)):
         with patch.object(sparse_triton, "GROUP", group), patch.object(sparse_triton, "WIDTH", width):
             found.append({
                 "GROUP": group, "WIDTH": width,
                 "dX": milliseconds(sparse_triton.add_times_weight, entries, w, dx),
-                "dW": milliseconds(sparse_triton.add_transposed_times, entries, x, dw),
+                "dW +=": milliseconds(sparse_triton.add_transposed_times, entries, x, dw),
+                "dW bf16": milliseconds(sparse_triton.made, SparseProduct(*lines, x), one, torch.bfloat16),
             })  # fmt: skip
     return found
 
@@ -248,12 +267,14 @@ def _crossover_of(problem, z, targets):
     dx, dw = torch.zeros(x.shape, device="cuda"), torch.zeros(w.shape, device="cuda")
 
     def sparse():
-        entries = kernels.sparse_gradient(*sweep, 2.0**-13, uniforms)
+        kernels.statistics(z, targets, Transform())  # it leaves the tiles; counted for both
+        entries = kernels.sparse_gradient(*sweep, 2.0**-13, uniforms)()
         kernels.add_times_weight(entries, w, dx)
         kernels.add_transposed_times(entries, x, dw)
         return entries.row.numel()
 
     def dense():
+        kernels.statistics(z, targets, Transform())
         kernels.gradient(*sweep, d)
         torch.mm(d, w, out_dtype=torch.float32, out=dx)
         torch.addmm(dw, d.t(), x, out_dtype=torch.float32, out=dw)
