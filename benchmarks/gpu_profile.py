@@ -62,7 +62,7 @@ def products(shape):
     """Each product of the pass, by rows and by what comes out."""
     _, h, v = map(int, shape.split(","))
     w = torch.randn(v, h, device="cuda").bfloat16()
-    return [{"rows": c, **_products_of(c, w)} for c in (512, 1024, 2048, 4096, 8192)]
+    return [{"rows": c, **_products_of(c, w)} for c in (256, 512, 1024, 1280, 1536, 2048, 3072, 4096)]
 
 
 def _products_of(c, w):
@@ -165,7 +165,7 @@ def sweeps(shape):
     _, z, targets = panel(shape)
     out = torch.empty_like(z, dtype=torch.bfloat16)
     found = [{"floors": "", "read": milliseconds(z.amax, 1), "to bf16": milliseconds(out.copy_, z)}]
-    for block, warps in ((4096, 8), (4096, 16), (8192, 16), (8192, 32), (16384, 32), (2048, 8), (2048, 16)):
+    for block, warps in ((4096, 8), (8192, 8), (8192, 16), (2048, 4), (4096, 4), (2048, 8)):
         with ExitStack() as stack:
             for module in (kernels_triton, rows_triton):
                 stack.enter_context(patch.object(module, "BLOCK", block))
@@ -187,8 +187,7 @@ def _sweeps_of(z, targets, out, block):
         "statistics": milliseconds(plain.statistics, *given, Transform()),
         "statistics, tiles": milliseconds(tiled.statistics, *given, Transform()),
         "gradient": milliseconds(plain.gradient, *given, stats, wanted, Transform(), out),
-        "both": milliseconds(kernels_triton.launch, *both, BACKWARDS=False, BLOCK=block),
-        "both, backwards": milliseconds(kernels_triton.launch, *both, BACKWARDS=True, BLOCK=block),
+        "both": milliseconds(kernels_triton.launch, *both, APART=True, BLOCK=block),
     }
 
 
@@ -220,30 +219,16 @@ def gathers(shape):
     dx, dw = torch.zeros(x.shape, device="cuda"), torch.zeros(w.shape, device="cuda")
     entries = Entries(*made)
     lines = sparse_triton.transposed(entries, len(w))
-    value = torch.rand(len(x), device="cuda", dtype=torch.float64)
-    for group, width, warps in ((4, 512, 4), (2, 1024, 4), (2, 2048, 8), (1, 2048, 4), (4, 2048, 8)):
-        with (
-            patch.object(targets_triton, "GROUP", group),
-            patch.object(targets_triton, "GROUP_WIDTH", width),
-            patch.object(targets_triton, "NUM_WARPS", warps),
-        ):
-            found.append(
-                {
-                    "targets GROUP": group,
-                    "WIDTH": width,
-                    "warps": warps,
-                    "dW": milliseconds(targets_triton.add_transposed_times, value, problem.targets, x, dw),
-                }
-            )
+    value, one = torch.rand(len(x), device="cuda", dtype=torch.float64), torch.ones((), device="cuda")
     found.append({
         "entries": made.row.numel(), "sort of entries": milliseconds(torch.sort, made.column, stable=True),
         "zero dW": milliseconds(dw.zero_), "dW to bf16": milliseconds(torch.empty_like(w).copy_, dw),
+        "dW of the targets": milliseconds(targets_triton.add_transposed_times, value, problem.targets, x, dw),
     })  # fmt: skip
-    one = torch.ones((), device="cuda")
-    for group, width in ((8, 1024), (4, 1024), (2, 2048), (4, 2048), (8, 2048), (2, 4096), (4, 4096)):
-        with patch.object(sparse_triton, "GROUP", group), patch.object(sparse_triton, "WIDTH", width):
+    for held in ((8, 1024), (16, 1024), (8, 512), (4, 1024), (2, 2048), (1, 2048), (1, 4096), (2, 1024)):
+        with patch.object(sparse_triton, "WHOLE_ROWS", held), patch.object(sparse_triton, "COLUMNS", held):
             found.append({
-                "GROUP": group, "WIDTH": width,
+                "entries and columns": held,
                 "dX": milliseconds(sparse_triton.add_times_weight, entries, w, dx),
                 "dW +=": milliseconds(sparse_triton.add_transposed_times, entries, x, dw),
                 "dW bf16": milliseconds(sparse_triton.made, SparseProduct(*lines, x), one, torch.bfloat16),

@@ -12,6 +12,7 @@ Letters: N rows of the call, M rows visited, C rows of a chunk or block, H hidde
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -43,18 +44,23 @@ CHUNK_BYTES = 384 * 2**20
 """On the CPU a chunk has at most so many rows and its (C, V) buffer so many bytes. With fewer rows the products are
 slower (dW is read and written once a chunk), with more they are no faster: docs/LOG.md."""
 
-GPU_BUFFER_BYTES = 2**30
+GPU_BUFFER_BYTES = 896 * 2**20
 """On a GPU: all fp32 logits and bf16 gradient rows that exist at a time. Each chunk of gradient rows reads and writes
 dW once, 5 GB at (151936, 4096), so large chunks are quicker. Where the weight is larger than this, its size is what the
 buffers may have: dW comes in fp32 and is handed out as a copy in the weight's dtype, and they are gone by then."""
 
+BUFFER_VARIABLE = "AAPO_FAST_BUFFER_GIB"
+"""Of the environment: another size, for who has memory to spare. Gradients differ by the order of sums alone."""
+
 GPU_LOGIT_SHARE = 0.3
 """Of that, for logits. Products of fewer than 512 rows are slower."""
 
-GPU_TILE_ROWS = 128
-"""Rows of a tile of the vendor's products: panels and chunks are multiples of it."""
+GPU_TILE_ROWS, GPU_WAVE_ROWS = 128, 1024
+"""Panels are whole tiles of the vendor's products. Chunks are of so many rows that the (C, H) tiles of dX fill the
+multiprocessors of a Hopper GPU whole times: at H = 4096 the products of 2,048 rows are a tenth quicker a row than those
+of 2,816 (docs/LOG.md)."""
 
-FLUSH_ENTRIES, GPU_FLUSH_ENTRIES = 4 * 2**20, 16 * 2**20
+FLUSH_ENTRIES, GPU_FLUSH_ENTRIES = 4 * 2**20, 8 * 2**20
 """Sparse entries that are gathered before they are spent on the accumulators. On a GPU they are best never spent: with
 no dense rows beside them dW is made from them in the backward, in the weight's dtype and without an accumulator."""
 
@@ -203,6 +209,7 @@ class Pass:
         """Both sweeps of a block in one launch. ``linear`` holds one index for each of the M rows."""
         assert isinstance(self.kernels, OneLaunch)
         self._keep_target_products(rows, products)
+        self._land_all()
         given = (products, self.targets[rows], linear.weights, linear.sequence_index[rows], self.transform.of(rows))
         partials = self.kernels.both_sweeps(*given, self._gradient_rows_of(rows))
         self._add_dense(rows)
@@ -215,6 +222,7 @@ class Pass:
         """Sweep 2 of a block: sparse gradient rows are kept for the end, dense ones for the end of the chunk."""
         sweep = (products, self.targets[rows], stats, wanted, self.transform.of(rows))
         if not self._tries_sparse():
+            self._land_all()
             self.kernels.gradient(*sweep, self._gradient_rows_of(rows))
             self._add_dense(rows)
             return
@@ -224,6 +232,11 @@ class Pass:
         while len(self._in_flight) >= len(self._logits):
             self._land()
 
+    def _land_all(self) -> None:
+        """Before dense rows take a place, and before a buffer of logits is used again."""
+        while self._in_flight:
+            self._land()
+
     def _land(self) -> None:
         """The entries of the block that is longest in flight; its dense rows, if it has too many."""
         rows, sweep, entries_of = self._in_flight.popleft()
@@ -231,9 +244,15 @@ class Pass:
         if entries is not None:
             self._entries.append((rows, entries))
             return
+        self._blocks_to_pass_over = self.kernels.blocks_between_tries
+        begun, late = self._first_row, rows.start < self._first_row
+        if late:  # the last of the chunk before, whose place is still free: nothing of this chunk has landed yet
+            self._first_row = rows.start
         self.kernels.gradient(*sweep, self._gradient_rows_of(rows))
         self._dense_blocks.append(rows)
-        self._blocks_to_pass_over = self.kernels.blocks_between_tries
+        if late:
+            self._spend_dense()
+            self._first_row = begun
 
     def _tries_sparse(self) -> bool:
         """Not for a while after a block that was too full: neighbours are alike, and counting in vain costs time. The
@@ -251,9 +270,15 @@ class Pass:
             self._target_products[rows] = products.gather(1, column).squeeze(1)
 
     def end_chunk(self) -> None:
-        """Spend the chunk's dense gradient rows on the accumulators."""
-        while self._in_flight:
-            self._land()
+        """Spend the chunk's dense gradient rows on the accumulators. A block in flight may land in the next chunk."""
+        if self._dense_blocks:
+            self._land_all()
+        self._spend_dense()
+        most = GPU_FLUSH_ENTRIES if self.hidden.is_cuda else FLUSH_ENTRIES
+        if sum(entries.value.numel() for _, entries in self._entries) > most:
+            self._flush()
+
+    def _spend_dense(self) -> None:
         for rows in _joined(sorted(self._dense_blocks, key=lambda block: block.start)):
             d = self._gradient_rows_of(rows)
             if self._d_hidden is not None:
@@ -265,9 +290,6 @@ class Pass:
             if self._d_bias is not None:
                 self._d_bias[: self.call.vocab_size] += d.sum(0, dtype=self.dtype)
         self._dense_blocks = []
-        most = GPU_FLUSH_ENTRIES if self.hidden.is_cuda else FLUSH_ENTRIES
-        if sum(entries.value.numel() for _, entries in self._entries) > most:
-            self._flush()
 
     def _weight_gradient(self, make: Callable[..., Tensor]) -> Tensor:
         """The accumulator. The first dense rows write it instead of adding to zeros, which need not be made."""
@@ -301,6 +323,8 @@ class Pass:
 
     def end(self, stats: RowStatistics, wanted: Coefficients) -> Gradients:
         """All gradients, complete, from the (M,) statistics and coefficients of all rows."""
+        self._land_all()
+        self._spend_dense()
         value = at_targets.gradient(stats, wanted, self.transform, self.targets >= 0, self._target_products)
         late = self._late_weight_gradient(value)
         self._flush(spend_weight=late is None)
@@ -335,8 +359,21 @@ class Pass:
 
 
 def gpu_budget(weight_bytes: int) -> int:
-    """Bytes that the buffers of a pass may take on a GPU: ``GPU_BUFFER_BYTES``."""
-    return max(GPU_BUFFER_BYTES, weight_bytes)
+    """Bytes that the buffers of a pass may take on a GPU: ``GPU_BUFFER_BYTES``, or AAPO_FAST_BUFFER_GIB.
+
+    Raises:
+        ValueError: that is no positive number.
+    """
+    wish = os.environ.get(BUFFER_VARIABLE)
+    if wish is None:
+        return max(GPU_BUFFER_BYTES, weight_bytes)
+    try:
+        budget = int(float(wish) * 2**30)
+    except (ValueError, OverflowError):
+        budget = 0
+    if budget <= 0:
+        raise ValueError(f"{BUFFER_VARIABLE}={wish!r} is no positive number of GiB; unset it, or give one such as 2")
+    return budget
 
 
 def buffer_rows(
@@ -355,22 +392,26 @@ def buffer_rows(
     if gradient_dtype == dtype:
         rows = _tiled_parts(num_rows, budget // row_bytes)
         return rows, rows
-    panel = _whole_tiles(int(GPU_LOGIT_SHARE * budget) // row_bytes)
+    panel = _whole(int(GPU_LOGIT_SHARE * budget) // row_bytes, 2 * GPU_TILE_ROWS)
     rest = budget - num_panels * panel * row_bytes
     chunk = _tiled_parts(num_rows, rest // (vocab * gradient_dtype.itemsize))
     return chunk, min(panel, chunk)
 
 
-def _whole_tiles(rows: int) -> int:
-    """At most ``rows``, in whole tiles of the vendor's products where that leaves any."""
-    return max(1, rows // GPU_TILE_ROWS * GPU_TILE_ROWS or rows)
+def _whole(rows: int, unit: int) -> int:
+    """At most ``rows``, in whole units where that leaves any, else in whole tiles, else as they are."""
+    for size in (unit, GPU_TILE_ROWS):
+        if rows >= size:
+            return rows // size * size
+    return max(1, rows)
 
 
 def _tiled_parts(num_rows: int, most: int) -> int:
-    """Rows a part: as few parts as ``most`` allows, of one size, in whole tiles."""
-    most = _whole_tiles(most)
+    """Rows a part: as few parts as ``most`` allows, of one size but for rounding up to whole units."""
+    most = _whole(most, GPU_WAVE_ROWS)
+    unit = GPU_WAVE_ROWS if most >= GPU_WAVE_ROWS else GPU_TILE_ROWS
     even = even_parts(num_rows, most)
-    return max(1, min(most, num_rows, -(-even // GPU_TILE_ROWS) * GPU_TILE_ROWS))
+    return max(1, min(most, num_rows, -(-even // unit) * unit))
 
 
 def _aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

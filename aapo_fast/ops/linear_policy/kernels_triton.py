@@ -43,11 +43,18 @@ def exp(x):
     """exp of x <= 0 in fp32, to about an ulp. ``tl.exp`` is ``exp2(x log2 e)``: what the product rounds away makes it
     wrong by x times that, 3e-7 at x = -10, where the digits of peaked rows are.
     """
-    x = tl.where(x < _ZERO_BELOW, _ZERO_BELOW, x)  # NaN stays; -inf would become NaN below
+    x = tl.maximum(x, _ZERO_BELOW, propagate_nan=tl.PropagateNan.ALL)  # of -inf the rest would be NaN
     power = x * _LOG2_E
     rest = tl.fma(x, _LOG2_E_REST, tl.fma(x, _LOG2_E, -power))
     e = tl.exp2(power)
     return tl.fma(e, rest * _LN_2, e)
+
+
+@triton.jit
+def reciprocal(total):
+    """1 / total to an ulp: of a peaked row this is most of the gradient, and the hardware's is 2 ulp off."""
+    near = 1.0 / total
+    return tl.fma(near, tl.fma(-total, near, 1.0), near)
 
 
 @triton.jit
@@ -91,33 +98,63 @@ def _sweep_1(
 ):  # fmt: skip
     """(row_max, total, weighted) of the row that ``products`` points to, all but its target; and its ``Tiles`` if kept.
 
-    A block is summed from its own maximum, by a tree. Blocks join in fp64: dozens of roundings of a total near one
-    would cost a peaked row the last digits of its log-probability.
+    Sums run beside each other, each from a maximum of its own, and meet at the end: no warp waits for another one on
+    the way. Each belongs to every fourth stretch of columns of a thread, or to every so many tiles. What an addition
+    rounds away is added up too: dozens of roundings of a total near one would cost a peaked row its last digits.
     """
-    tiles: tl.constexpr = BLOCK // TILE
-    tile, within = tl.arange(0, tiles), tl.arange(0, TILE)
-    row_max = tl.full([], _LOWEST, tl.float32)
-    total, weighted = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
+    along: tl.constexpr = 1 if KEEP_TILES else 0
+    sums: tl.constexpr = BLOCK // TILE if KEEP_TILES else BLOCK // 4
+    if KEEP_TILES:
+        place = tl.arange(0, sums)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    else:
+        place = tl.arange(0, 4)[:, None] * sums + tl.arange(0, sums)[None, :]
+    own_max = tl.full([sums], _LOWEST, tl.float32)
+    total, total_rest = tl.zeros([sums], tl.float32), tl.zeros([sums], tl.float32)
+    weighted, weighted_rest = tl.zeros([sums], tl.float32), tl.zeros([sums], tl.float32)
     for start in range(0, vocab, BLOCK):
-        column = start + tile[:, None] * TILE + within[None, :]
+        column = start + place
         held = (column < vocab) & (column != target)
         z, _ = logits(tl.load(products + column, mask=column < vocab, other=0.0), inner, outer, SOFTCAP)
         z = tl.where(held, z, float("-inf"))
-        top = tl.maximum(tl.max(z), _LOWEST)
-        shifted = z - top
-        e = exp(shifted)
-        masses = tl.sum(e, 1)
-        if KEEP_TILES:
-            number = start // TILE + tile
-            tl.store(tile_level + number, tl.full([tiles], 0.0, tl.float32) + top, mask=number * TILE < vocab)
-            tl.store(tile_mass + number, masses, mask=number * TILE < vocab)
-        mass = tl.sum(masses, 0)
-        pull = tl.sum(e * tl.maximum(shifted, _LOWEST))
-        before, row_max = row_max, tl.maximum(row_max, top)
-        old, new = exp(before - row_max), exp(top - row_max)
-        weighted = old * (weighted + (before - row_max) * total) + new * (pull + (top - row_max) * mass)
-        total = old * total + new * mass
-    return row_max, total.to(tl.float32), weighted.to(tl.float32)
+        top = tl.maximum(tl.max(z, along), _LOWEST)
+        if KEEP_TILES:  # a tile's sum is from its own maximum
+            mass, pull = _mass(z, top, along)
+            number = start // TILE + tl.arange(0, sums)
+            tl.store(tile_level + number, top, mask=number * TILE < vocab)
+            tl.store(tile_mass + number, mass, mask=number * TILE < vocab)
+            before, own_max = own_max, tl.maximum(own_max, top)
+            lower = exp(top - own_max)
+            pull = lower * (pull + (top - own_max) * mass)
+            mass *= lower
+        else:
+            before, own_max = own_max, tl.maximum(own_max, top)
+            mass, pull = _mass(z, own_max, along)
+        old = exp(before - own_max)
+        weighted = old * (weighted + (before - own_max) * total)
+        weighted, weighted_rest = _add(weighted, old * (weighted_rest + (before - own_max) * total_rest), pull)
+        total, total_rest = _add(old * total, old * total_rest, mass)
+    row_max = tl.max(own_max, 0)
+    down = (own_max - row_max).to(tl.float64)
+    factor = tl.exp(down)
+    parts = factor * (total.to(tl.float64) + total_rest.to(tl.float64))
+    pulls = factor * (weighted.to(tl.float64) + weighted_rest.to(tl.float64)) + down * parts
+    return row_max, tl.sum(parts, 0).to(tl.float32), tl.sum(pulls, 0).to(tl.float32)
+
+
+@triton.jit
+def _mass(z, top, ALONG: tl.constexpr):
+    """Sums over one axis of exp(z - top), and of that times z - top."""
+    shifted = z - tl.expand_dims(top, ALONG)
+    e = exp(shifted)
+    return tl.sum(e, ALONG), tl.sum(e * tl.maximum(shifted, _LOWEST), ALONG)
+
+
+@triton.jit
+def _add(total, rest, more):
+    """total + more as rounded, and ``rest`` with what that lost (Knuth's sum of two)."""
+    rounded = total + more
+    part = rounded - total
+    return rounded, rest + ((total - (rounded - part)) + (more - part))
 
 
 @triton.jit
@@ -130,27 +167,26 @@ def _logit_at(products, target, inner, outer, SOFTCAP: tl.constexpr):
 @triton.jit
 def _sweep_2(
     products, out, vocab, target, row_max, total, entropy, on_logp, on_entropy, on_logsumexp, inner, outer,
-    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BACKWARDS: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, APART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d loss / d products of one row into ``out``, which may be the memory of ``products``, in fp32 or narrower.
 
-    ``BACKWARDS``: begin at the end of the row, which the sweep before has left in the cache.
+    ``APART``: it is other memory.
     """
     live = (on_logp != 0.0) | (on_entropy != 0.0) | (on_logsumexp != 0.0)
     # A row that nothing depends on gives zeros, whatever is in it: its statistics are replaced, its products not read.
     row_max = tl.where(live, row_max, 0.0)
-    inverse = 1.0 / tl.where(live, total, 1.0)
+    inverse = reciprocal(tl.where(live, total, 1.0))
     offset = tl.where(live, entropy - tl.log(total), 0.0)
     readable = tl.where(live, vocab, 0)
-    last = (vocab - 1) // BLOCK * BLOCK
-    for place in range(0, vocab, BLOCK):
-        start = last - place if BACKWARDS else place
+    for start in range(0, vocab, BLOCK):
         column = start + tl.arange(0, BLOCK)
         x = tl.load(products + column, mask=column < readable, other=0.0, eviction_policy="evict_first")
         z, slope = logits(x, inner, outer, SOFTCAP)
-        # All threads have read a block before any of them writes to it. Written narrower into the front of the row, a
-        # block ends where, or before, what has been read ends: [2kB, 2(k+1)B) bytes in place of [4kB, 4(k+1)B).
-        tl.debug_barrier()
+        if not APART:
+            # All threads have read a block before any of them writes to it. Written narrower into the front of the row,
+            # a block ends where, or before, what has been read ends: [2kB, 2(k+1)B) bytes in place of [4kB, 4(k+1)B).
+            tl.debug_barrier()
         d = gradient_factor(z - row_max, offset, on_logp, on_entropy, on_logsumexp, ENTROPY)
         d *= exp(z - row_max) * inverse
         d = tl.where(column == target, 0.0, d * slope)
@@ -217,7 +253,7 @@ def gradient_kernel(
     products, stride, vocab, targets, temperature, scale, softcap, row_max, total, entropy, on_logp, on_entropy,
     on_logsumexp, out, out_stride,
     SOFTCAP: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, ENTROPY: tl.constexpr, LOGSUMEXP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    APART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``out``: (C, V) d loss / d products, zero at the target."""
     row = tl.program_id(0).to(tl.int64)
@@ -225,14 +261,14 @@ def gradient_kernel(
     _sweep_2(
         products + row * stride, out + row * out_stride, vocab, tl.load(targets + row), tl.load(row_max + row),
         tl.load(total + row), tl.load(entropy + row), tl.load(on_logp + row), coefficient(on_entropy, row, ENTROPY),
-        coefficient(on_logsumexp, row, LOGSUMEXP), inner, outer, SOFTCAP, ENTROPY, False, BLOCK,
+        coefficient(on_logsumexp, row, LOGSUMEXP), inner, outer, SOFTCAP, ENTROPY, APART, BLOCK,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["targets", "temperature", "index"])
 def both_sweeps_kernel(
     products, stride, vocab, targets, temperature, scale, softcap, weights, index, out, out_stride, partials, num_rows,
-    SOFTCAP: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, BACKWARDS: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, APART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The two kernels above in one, with ``weights[index]`` as d loss / d logp and zero without a target."""
     row = tl.program_id(0).to(tl.int64)
@@ -249,12 +285,12 @@ def both_sweeps_kernel(
     total = total * exp(max_of_rest - row_max) + exp(at_target - row_max)
     weight = tl.load(weights + tl.load(index + row), mask=target >= 0, other=0.0)
     nothing = tl.full([], 0.0, tl.float32)
-    # No thread may write before every thread has read the row to its end.
-    tl.debug_barrier()
+    if not APART:  # no thread may write before every thread has read the row to its end
+        tl.debug_barrier()
     out += row * out_stride
     _sweep_2(
         products, out, vocab, target, row_max, total, nothing, weight, nothing, nothing, inner, outer,
-        SOFTCAP, False, BACKWARDS, BLOCK,
+        SOFTCAP, False, APART, BLOCK,
     )  # fmt: skip
 
 

@@ -71,19 +71,17 @@ class TritonRows:
         """``out`` may be ``products``, another buffer, or a narrower view of the front of each row of ``products``."""
         launch(
             gradient_kernel, products, targets, transform, *row_vectors(rows, wanted), out, out.stride(0),
-            ENTROPY=wanted.entropy is not None, LOGSUMEXP=wanted.logsumexp is not None, BLOCK=BLOCK,
+            ENTROPY=wanted.entropy is not None, LOGSUMEXP=wanted.logsumexp is not None, APART=_apart(products, out),
+            BLOCK=BLOCK,
         )  # fmt: skip
 
     def both_sweeps(
         self, products: Tensor, targets: Tensor, weights: Tensor, index: Tensor, transform: Transform, out: Tensor
     ) -> Partials:
         partials = products.new_empty(4, products.shape[0])
-        # Narrower rows in the front of their own memory would overwrite what is not yet read.
-        apart = out.untyped_storage().data_ptr() != products.untyped_storage().data_ptr()
-        backwards = apart or out.dtype == products.dtype
         launch(
             both_sweeps_kernel, products, targets, transform, weights.float().contiguous(), index.contiguous(), out,
-            out.stride(0), partials, products.shape[0], BACKWARDS=backwards, BLOCK=BLOCK,
+            out.stride(0), partials, products.shape[0], APART=_apart(products, out), BLOCK=BLOCK,
         )  # fmt: skip
         return Partials(*partials)
 
@@ -112,3 +110,7 @@ class TritonRows:
 
     def keep_transposed(self, entries: Entries, hidden: Tensor, num_lines: int) -> SparseProduct:
         return SparseProduct(*sparse_triton.transposed(entries, num_lines), hidden)
+
+
+def _apart(products: Tensor, out: Tensor) -> bool:
+    return out.untyped_storage().data_ptr() != products.untyped_storage().data_ptr()

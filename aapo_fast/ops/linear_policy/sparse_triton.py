@@ -28,6 +28,7 @@ from aapo_fast.ops.linear_policy.kernels_triton import (
     gradient_factor,
     launch,
     logits,
+    reciprocal,
     row_factors,
     row_vectors,
 )
@@ -42,9 +43,9 @@ SECTION = 32
 
 SMALLEST_THRESHOLD = 2.0**-20
 
-GROUP, WIDTH = 4, 2048
-"""Entries and columns that a program of the products holds at a time: 64 sums a thread, 16 KB of bf16 in flight. Half
-the columns where much of the last program's would lie beyond H."""
+WHOLE_ROWS, COLUMNS = (8, 1024), (2, 2048)
+"""Entries and columns that a program of a product holds at a time: of dX, whose lines have a hundred entries, and of
+dW, whose lines have a few (docs/LOG.md). Half the columns where much of the last program's would lie beyond H."""
 
 _FRACTION = tl.constexpr(40)
 _ONE = tl.constexpr(2.0**40)
@@ -115,7 +116,7 @@ def count_kernel(
         num_tiles, top, sum_exps, tl.load(on_logp + row), coefficient(on_entropy, row, ENTROPY),
         coefficient(on_logsumexp, row, LOGSUMEXP),
     )  # fmt: skip
-    inverse, target = 1.0 / sum_exps, tl.load(targets + row)
+    inverse, target = reciprocal(sum_exps), tl.load(targets + row)
     count = tl.full([], 0, tl.int32)
     dust = tl.full([], 0, tl.int64)
     for tile in range(section * SECTION, tl.minimum((section + 1) * SECTION, walk)):
@@ -149,7 +150,7 @@ def emit_kernel(
     a, b = tl.load(on_logp + row), coefficient(on_entropy, row, ENTROPY)
     c = coefficient(on_logsumexp, row, LOGSUMEXP)
     walk = _tiles_to_walk(num_tiles, top, sum_exps, a, b, c)
-    inverse, offset = 1.0 / sum_exps, tl.load(entropy + row) - tl.log(sum_exps)
+    inverse, offset = reciprocal(sum_exps), tl.load(entropy + row) - tl.log(sum_exps)
     place = row * tl.num_programs(1) + section
     stands, slot, end = tl.load(stands_before + place), tl.load(starts + place), tl.load(starts + place + 1)
     target = tl.load(targets + row)
@@ -348,12 +349,12 @@ def _walk(
 
 def add_times_weight(entries: Entries, weight: Tensor, out: Tensor) -> None:
     """``out += S @ weight``: entries row by row, (V, H) of any dtype, (C, H) fp32. The order of the sums is fixed."""
-    _gather(Segments(_starts(entries.row, len(out)), entries.column, entries.value), weight, out)
+    _gather(Segments(_starts(entries.row, len(out)), entries.column, entries.value), weight, out, WHOLE_ROWS)
 
 
 def add_transposed_times(entries: Entries, hidden: Tensor, out: Tensor) -> None:
     """``out += S.T @ hidden``: (C, H) of any dtype, (V, H) fp32. The order of the sums is fixed."""
-    _gather(transposed(entries, len(out)), hidden, out)
+    _gather(transposed(entries, len(out)), hidden, out, COLUMNS)
 
 
 class Segments(NamedTuple):
@@ -375,7 +376,7 @@ def made(product: SparseProduct, scale: Tensor, dtype: torch.dtype) -> Tensor:
     *segments, source = product
     kernel_dtype = dtype if source.is_cuda else torch.float32  # the interpreter cuts bf16 off instead of rounding
     out = torch.empty(product.starts.numel() - 1, source.shape[1], dtype=kernel_dtype, device=source.device)
-    _gather(Segments(*segments), source, out, scale)
+    _gather(Segments(*segments), source, out, COLUMNS, scale)
     return out.to(dtype)
 
 
@@ -384,14 +385,18 @@ def _starts(line: Tensor, num_lines: int) -> Tensor:
     return torch.searchsorted(line, torch.arange(num_lines + 1, dtype=line.dtype, device=line.device))
 
 
-def _gather(segments: Segments, source: Tensor, out: Tensor, scale: Tensor | None = None) -> None:
+def _gather(
+    segments: Segments, source: Tensor, out: Tensor, held: tuple[int, int], scale: Tensor | None = None
+) -> None:
     lines, width = out.shape
     if lines == 0 or width == 0:
         return
     source = source if source.stride(1) == 1 else source.contiguous()
-    columns = WIDTH if triton.cdiv(width, WIDTH) * WIDTH < 1.13 * width else WIDTH // 2
+    group, columns = held
+    if triton.cdiv(width, columns) * columns > 1.13 * width:
+        columns //= 2
     with torch.cuda.device_of(out):
         gather_kernel[lines, triton.cdiv(width, columns)](
             *segments, source, source.stride(0), width, segments.value if scale is None else scale, out, out.stride(0),
-            ADD=scale is None, GROUP=GROUP, WIDTH=columns, num_warps=4,
+            ADD=scale is None, GROUP=group, WIDTH=columns, num_warps=4,
         )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 WIDTH = 1024
 """Columns of a program."""
 
-GROUP, GROUP_WIDTH, NUM_WARPS = 4, 512, 4
+GROUP, GROUP_WIDTH = 2, 1024
 """Rows and columns that a program of the transposed product holds at a time: rows of one target go by in a loop."""
 
 
