@@ -130,7 +130,7 @@ def test_head_of_each_family():
     gemma = find_head(support.tiny("gemma2, both soft-caps"))
     assert gemma.softcap == 2.0
     scaled = dataclasses.replace(gemma, logit_scale=4.0).arguments(temperature=0.5)
-    assert scaled == {"bias": None, "temperature": 0.5, "softcap": 2.0, "logit_scale": 4.0}
+    assert scaled == {"bias": None, "temperature": 0.5, "softcap": 2.0, "logit_scale": 4.0, "vocabulary_shard": None}
     phi = find_head(support.tiny("phi, biased head"))
     assert phi.bias is not None
     tied = support.tiny("llama tied")
