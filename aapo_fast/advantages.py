@@ -68,9 +68,9 @@ def aapo_advantages(
     if _in_one_kernel(rewards, group_size):
         return group_advantages(rewards, reference_rewards, group_size, delta_low, delta_high, scale_rewards)
 
-    # Whole numbers and fp64 keep their digits until the differences are taken.
-    dtype = torch.float32 if rewards.dtype.is_floating_point and rewards.itemsize <= 4 else torch.float64
-    grouped = rewards.to(dtype).view(-1, group_size)
+    # In fp64, rounded once at the end: no order of the sums is seen in the result, and any dtype keeps its digits until
+    # the differences are taken.
+    grouped = rewards.double().view(-1, group_size)
     present = ~grouped.isnan()
     count = present.sum(1, keepdim=True)
     # Shifting by one member first makes "all equal" exact: the differences are zero, not rounding.
@@ -81,7 +81,7 @@ def aapo_advantages(
         std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
         advantages = centred / (std + STD_EPSILON)
     if reference_rewards is not None:
-        gap = grouped - reference_rewards.to(dtype).view(-1, group_size)
+        gap = grouped - reference_rewards.double().view(-1, group_size)
         # NaN survives clamp and becomes "no momentum" here.
         advantages = advantages + gap.clamp(delta_low, delta_high).nan_to_num(nan=0.0)
     return advantages.reshape(-1).float()

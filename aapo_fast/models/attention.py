@@ -22,6 +22,10 @@ from aapo_fast.types import Ragged, Segments
 NAME = "aapo_fast_packed"
 
 
+class UnpackableError(ValueError):
+    """What a model's attention does would be lost in packed batches."""
+
+
 @dataclass(frozen=True, eq=False)
 class Packing:
     """The attention problems of a packed batch, and what computes ragged ones. One object, which compiled layers hand
@@ -63,7 +67,7 @@ def packed_attention(
         rows_q, rows_k, rows_v = (_autocast(t) for t in (rows_q, rows_k, rows_v))
         seen_k, seen_v = rows_k.index_select(0, problems.key_index), rows_v.index_select(0, problems.key_index)
         return packing.flash(rows_q, seen_k, seen_v, problems, Scores(scaling, sliding_window, softcap))[None], None
-    out = query.new_zeros(query.shape[2], query.shape[1], query.shape[3])
+    results, places = [], []
     for segments in problems:
         q = _gather(rows_q, segments.query_index)
         k = _gather(rows_k, segments.key_index)
@@ -72,9 +76,12 @@ def packed_attention(
         if sliding_window is not None:
             seen = seen & (segments.distance < sliding_window)
         result = _attend(q, k, v, seen[:, None], scaling, dropout, softcap, groups)
-        real = result.transpose(1, 2).flatten(0, 1).index_select(0, segments.query_rows)
-        out = out.index_copy(0, segments.out_index, real)
-    return out[None], None
+        results.append(result.transpose(1, 2).flatten(0, 1).index_select(0, segments.query_rows))
+        places.append(segments.out_index)
+    # In the dtype of the results: under autocast queries come in float32 from RoPE, and leave SDPA in 16 bits.
+    found = torch.cat(results)
+    out = found.new_zeros(query.shape[2], *found.shape[1:])
+    return out.index_copy(0, torch.cat(places), found)[None], None
 
 
 def _refuse_unseen_window(module: torch.nn.Module, sliding_window: int | None) -> None:
@@ -87,7 +94,7 @@ def _refuse_unseen_window(module: torch.nn.Module, sliding_window: int | None) -
         windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
         kind = "sliding_attention" if windowed else "full_attention"
     if kind == "chunked_attention" or (kind == "sliding_attention" and sliding_window is None):
-        raise ValueError(f"{type(module).__name__} keeps a {kind} window that packed batches cannot honour")
+        raise UnpackableError(f"{type(module).__name__} keeps a {kind} window that packed batches cannot honour")
 
 
 def _autocast(t: Tensor) -> Tensor:

@@ -19,18 +19,16 @@ from aapo_fast.models.compiled import compile_layers
 from aapo_fast.models.flash import Flash, find_flash, name_of
 from aapo_fast.models.head import Head, find_decoder, find_head
 from aapo_fast.models.liger import use_liger
-from aapo_fast.models.load import load_model, steers_attention
+from aapo_fast.models.load import load_model
 from aapo_fast.models.lora import add_adapter, checkpoint_state
 from aapo_fast.models.recompute import recompute_layers
 from aapo_fast.objectives import AAPO, Objective, Regularized
 from aapo_fast.ops.linear_policy import PolicyLoss, linear_logprobs, linear_policy_loss
+from aapo_fast.trainer.layout import why_padded
 from aapo_fast.trainer.ranks import ONE
-from aapo_fast.types import Batch, Sample, UserError
+from aapo_fast.types import Batch, UserError
 
 DEFAULT_LOSS, FULL = LossConfig(), LoraConfig()
-
-LAYOUT_TOLERANCE = 0.05
-"""Largest relative difference of packed and padded hidden states; rounding of 16-bit models stays below it."""
 
 
 class Policy:
@@ -50,6 +48,7 @@ class Policy:
         liger, passed_over: whether Liger's kernels are in the model; why a better attention is not.
         packed: whether batches are packed with shared prompts. False where the model's attention cannot be steered, or
             where it computes something else when it is (recurrent layers, say): then batches are right-padded.
+        why_padded: why they are not packed; empty where they are.
     """
 
     def __init__(
@@ -70,7 +69,8 @@ class Policy:
         self.decoder = find_decoder(model)
         self.device = self.head.weight.device
         self.temperature, self.how = temperature, loss
-        self.packed = steers_attention(model) and self._packing_is_faithful()
+        self.why_padded = why_padded(self)
+        self.packed = not self.why_padded
 
     @classmethod
     def from_config(
@@ -101,10 +101,11 @@ class Policy:
             if config.attention != "auto":
                 raise UserError(
                     f"model.attention={config.attention!r} does not compute what {type(model).__name__}'s own "
-                    "attention does (a soft-cap on its scores, too wide a head); set model.attention='auto'"
+                    f"attention does ({policy.why_padded}); set model.attention='auto'"
                 )
+            reason = f"{name_of(flash)} does not compute what the model's own attention does: {policy.why_padded}"
             policy = cls(model, tokenizer, temperature, loss, precision)
-            policy.passed_over = f"{name_of(flash)} does not compute what the model's own attention does"
+            policy.passed_over = reason
         policy.liger = liger
         return policy
 
@@ -206,26 +207,6 @@ class Policy:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
-
-    @torch.no_grad()
-    def _packing_is_faithful(self) -> bool:
-        vocab = self.head.weight.shape[0]
-        prompts = [tuple(i % vocab for i in ids) for ids in ((5, 3, 9, 4), (7, 2))]
-        samples = [
-            Weighted(Sample(prompt, tuple(t % vocab for t in tokens), (), "", "stop", 0), 1.0)
-            for prompt in prompts
-            for tokens in ((6, 8, 3), (9, 1))
-        ]
-        packed = pack(samples, self.device, ragged=self.flash is not None)
-        with self.autocast():
-            truth = self.hidden_states(pad(samples, 0, self.device)).float()
-            try:
-                ours = self.hidden_states(packed).float()
-            except torch.OutOfMemoryError:
-                raise
-            except (TypeError, ValueError, RuntimeError):  # a decoder without position_ids, one that passes nothing on
-                return False
-        return bool((ours - truth).norm() <= LAYOUT_TOLERANCE * truth.norm())
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:

@@ -85,8 +85,8 @@ def prepare(config: Config, display: Display, ranks: Ranks = ONE) -> Iterator[Ru
             display.note(policy.how_computed())
         if not policy.packed:
             display.note(
-                f"{type(policy.model).__name__}: batches are padded, one row a completion; "
-                "its layers do not allow packing with shared prompts"
+                f"{type(policy.model).__name__}: batches are padded, one row a completion, and prompts are not shared; "
+                f"{policy.why_padded}"
             )
         problems = load_problems(config.data, policy.tokenizer, config.run.seed)
         check_lengths(problems, max_positions(policy.model), config.rollout.max_tokens)

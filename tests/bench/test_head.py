@@ -48,7 +48,9 @@ def test_ours_and_the_peers_that_run_here_are_right():
     rows = rows_of(names=("exact", "sparse-13", "logprobs", *(peer.name for peer in methods.PEERS[:4])))
     for row in rows.values():
         assert row.status == "ok" and row.timing["milliseconds"] > 0, row
-        assert row.kind == "floor" or row.errors["d_weight"]["error"] < 1e-4
+        # A sample at 2^-13 promises what dense rows in bf16 give, which are off by up to 2^-9 of an entry.
+        most = 2**-9 if row.method == "sparse-13" else 1e-4
+        assert row.kind == "floor" or row.errors["d_weight"]["error"] < most
     assert rows["exact"].implementation and rows["exact"].extra_memory_bytes == 2**20
     assert rows["3G"].timing["ratio_to_3G"] == 1
 

@@ -1,5 +1,6 @@
 """The training forward and backward on a GPU: flash attention, Liger's kernels and recomputed layers against SDPA."""
 
+import gc
 import importlib.util
 
 import pytest
@@ -67,12 +68,16 @@ def test_recomputed_layers_give_the_same_gradient_from_less_memory(kind):
     kernel = found("varlen")
 
     def measured(kind):
+        gc.collect()  # what went before is in cycles
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         made = gradient(torch.bfloat16, kernel, change=lambda model: recompute_layers(model.model, kind))
-        return made, torch.cuda.max_memory_allocated()
+        return relative(made, truth), torch.cuda.max_memory_allocated() - before
 
+    # Not with each other: the kernel's backward pass adds in any order, and its 16 bits are never the same twice.
+    truth = gradient(torch.float32)
     plain, recomputed = measured("none"), measured(kind)
-    assert relative(recomputed[0], plain[0]) < 1e-3 and recomputed[1] <= plain[1]
+    assert recomputed[0] <= 1.1 * plain[0] and recomputed[1] <= plain[1]
 
 
 def test_an_offloaded_optimizer_moves_the_weights_as_adamw_does_and_leaves_its_memory_free():
@@ -97,19 +102,26 @@ def test_an_offloaded_optimizer_moves_the_weights_as_adamw_does_and_leaves_its_m
 
 
 def test_a_step_that_fills_the_gpu_is_done_in_smaller_microbatches():
+    """2^16 tokens: activations take far more than the workspaces of cuBLAS, which no microbatch makes smaller."""
     model = support.tiny().to(GPU)
     model.set_attn_implementation(attention.NAME)
     policy = Policy(model, support.tokenizer(), 1.0)
-    config = TrainConfig(max_microbatch_tokens=2**20)
-    samples = [Weighted(support.sample([2 + i] * 64, [3] * 192), 1.0 - 0.1 * i) for i in range(32)]
+    config = TrainConfig(max_microbatch_tokens=2**16)
+    prompts = [[2 + i % 40] * 32 + [2 + i // 40] * 32 for i in range(256)]
+    samples = [Weighted(support.sample(prompt, [3] * 192), 1.0 - i / 512) for i, prompt in enumerate(prompts)]
     optimizer = make_optimizer(policy, config)
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
     whole = optimizer_step(policy, optimizer, samples, config, 0.0)
-    needed = torch.cuda.max_memory_allocated()
+    assert whole.microbatch_tokens == 2**16
+    passing = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(0.6 * needed / torch.cuda.get_device_properties(GPU).total_memory)
+    # Reserved, for that is what the limit counts: a segment with one lasting tensor in it stays whole.
+    limit = torch.cuda.memory_reserved() + passing // 2
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(GPU).total_memory)
     try:
         cut = optimizer_step(policy, optimizer, samples, config, 0.0)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert cut.ran_out_of_memory and cut.microbatch_tokens < 2**20
+    assert cut.ran_out_of_memory and cut.microbatch_tokens < 2**16
     assert cut.loss == pytest.approx(whole.loss, rel=1e-4) and cut.grad_norm == pytest.approx(whole.grad_norm, rel=1e-3)

@@ -189,6 +189,7 @@ def test_a_named_kernel_that_does_not_fit_the_model_is_refused_and_auto_falls_ba
     capped = str(tmp_path / "gemma2, both soft-caps")
     policy = Policy.from_config(ModelConfig(path=capped, device="cpu"), 1.0)
     assert policy.packed and policy.flash is None
+    assert policy.how_computed().count("own attention does: ValueError: no soft-cap") == 1
     policy = Policy.from_config(ModelConfig(path=str(tmp_path / "llama"), device="cpu", attention="varlen"), 1.0)
     assert policy.packed and policy.flash is no_softcap
     with pytest.raises(UserError, match="model.attention='varlen' does not compute what Gemma2ForCausalLM's own"):

@@ -11,7 +11,7 @@ import transformers
 from policy_support import make_policy, make_samples, relative
 
 from aapo_fast.data.packing import Weighted, pack, pad
-from aapo_fast.models import attention, load
+from aapo_fast.models import load
 from aapo_fast.models.head import check_head, find_decoder, find_head
 from aapo_fast.trainer.policy import Policy, resolve_device
 from aapo_fast.types import UserError
@@ -78,42 +78,6 @@ def test_one_completion_token_each_has_no_completion_segment():
     assert policy.loss(batch, 2).loss.isfinite()
 
 
-def test_a_model_whose_layers_mix_packed_rows_is_padded():
-    """A convolution over the row (as in Mamba or LFM2 blocks) would leak one sequence into the next."""
-    model = support.tiny()
-    model.set_attn_implementation(attention.NAME)
-    real = model.model.embed_tokens.forward
-
-    def mixing(ids):
-        return real(ids) + real(ids).roll(1, 1) * (torch.arange(ids.shape[1]) > 0)[:, None]
-
-    model.model.embed_tokens.forward = mixing
-    assert not Policy(model, support.tokenizer(), 1.0).packed
-
-
-def test_attention_that_ours_would_change_stays_the_models_own():
-    """Attention sinks (gpt-oss) are one more column of scores, of which our attention knows nothing."""
-    sizes = support.SIZES | {"num_local_experts": 2, "num_experts_per_tok": 1, "initializer_range": 0.2}
-    torch.manual_seed(0)
-    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes)).eval()
-    native = model.config._attn_implementation
-    load.take_over_attention(model)
-    assert model.config._attn_implementation == native and not Policy(model, support.tokenizer(), 1.0).packed
-    plain = support.tiny()
-    load.take_over_attention(plain)
-    assert load.steers_attention(plain)
-
-
-def test_a_window_that_only_the_mask_knows_forbids_packing():
-    """Qwen2-MoE gives its attention function no window; a short probe would not notice."""
-    sizes = support.SIZES | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
-    sizes |= {"shared_expert_intermediate_size": 32, "sliding_window": 8, "use_sliding_window": True}
-    config = transformers.Qwen2MoeConfig(**sizes, layer_types=["sliding_attention", "full_attention"])
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    load.take_over_attention(model)
-    assert load.steers_attention(model) and not Policy(model, support.tokenizer(), 1.0).packed
-
-
 def test_one_long_completion_does_not_make_the_short_ones_long():
     rng = random.Random(0)
     samples = [
@@ -130,7 +94,7 @@ def test_head_of_each_family():
     gemma = find_head(support.tiny("gemma2, both soft-caps"))
     assert gemma.softcap == 2.0
     scaled = dataclasses.replace(gemma, logit_scale=4.0).arguments(temperature=0.5)
-    assert scaled == {"bias": None, "temperature": 0.5, "softcap": 2.0, "logit_scale": 4.0}
+    assert scaled == {"bias": None, "temperature": 0.5, "softcap": 2.0, "logit_scale": 4.0, "vocabulary_shard": None}
     phi = find_head(support.tiny("phi, biased head"))
     assert phi.bias is not None
     tied = support.tiny("llama tied")

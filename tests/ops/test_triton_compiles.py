@@ -22,7 +22,8 @@ ARCHITECTURES = (80, 90, 100)
 
 TYPES = {
     **dict.fromkeys(["stride", "out_stride", "source_stride", "vocab", "width", "num_rows", "num_tiles"], "i32"),
-    **dict.fromkeys(["temperature", "scale", "softcap", "threshold", "delta_low", "delta_high"], "fp32"),
+    **dict.fromkeys(["temperature", "scale", "softcap", "threshold"], "fp32"),
+    **dict.fromkeys(["delta_low", "delta_high"], "fp64"),
     **dict.fromkeys(["targets", "target", "starts", "stands_before", "dusts"], "*i64"),
     **dict.fromkeys(["sorted_target", "ends", "order"], "*i64"),
     "index": "*i32",
@@ -45,6 +46,7 @@ def variants():
     full = {"SOFTCAP": True, "ROW_TEMPERATURE": True}
     narrow, row = {"out": "*bf16"}, {"temperature": "*fp32"}
     eight, one = {"num_warps": 8}, {"num_warps": 1, "enable_fp_fusion": False}
+    many = one | {"num_warps": 4}
     on, off = {"ENTROPY": True, "LOGSUMEXP": True}, {"ENTROPY": False, "LOGSUMEXP": False}
     return [
         (rows, "statistics_kernel", {**plain, "KEEP_TILES": False, "TILE": 4096, "BLOCK": 4096}, eight, {}),
@@ -71,7 +73,9 @@ def variants():
          {"value": "*fp64", "source": "*bf16"}),
         (targets, "add_transposed_times_kernel", {"GROUP": 2, "WIDTH": 1024}, {"num_warps": 4}, {"value": "*fp64"}),
         (groups, "group_advantages_kernel", {"SCALE": True, "MOMENTUM": True, "GROUP": 8}, one, {}),
-        (groups, "group_advantages_kernel", {"SCALE": False, "MOMENTUM": False, "GROUP": 1024}, one,
+        (groups, "group_advantages_kernel", {"SCALE": True, "MOMENTUM": True, "GROUP": 256}, one, {}),
+        (groups, "group_advantages_kernel", {"SCALE": True, "MOMENTUM": True, "GROUP": 1024}, many, {}),
+        (groups, "group_advantages_kernel", {"SCALE": False, "MOMENTUM": False, "GROUP": 1024}, many,
          {"rewards": "*bf16", "reference": "*bf16"}),
     ]  # fmt: skip
 
@@ -88,7 +92,7 @@ def compile_all():
         function = getattr(importlib.import_module(module), kernel)
         names = function.arg_names
         signature = {n: "constexpr" if n in constants else {**TYPES, **types}.get(n, "*fp32") for n in names}
-        aligned = [n for n in names if n not in constants and n not in UNALIGNED and signature[n] != "fp32"]
+        aligned = [n for n in names if n not in constants and n not in UNALIGNED and not signature[n].startswith("fp")]
         attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
         for architecture in ARCHITECTURES:
             source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
