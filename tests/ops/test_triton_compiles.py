@@ -35,7 +35,7 @@ TYPES = {
 """Of arguments by name; the others are pointers to fp32."""
 
 UNALIGNED = ("temperature", "targets", "num_rows", "index", "row_max", "total", "entropy", "on_logp", "on_entropy",
-             "on_logsumexp", "num_tiles", "group_size", "num_sections", "size", "seed")  # fmt: skip
+             "on_logsumexp", "num_tiles", "group_size", "num_sections", "size", "seed", "told")  # fmt: skip
 """What a launch cannot rely on to be a multiple of 16."""
 
 
@@ -45,7 +45,7 @@ def variants():
     plain = {"SOFTCAP": False, "ROW_TEMPERATURE": False}
     full = {"SOFTCAP": True, "ROW_TEMPERATURE": True}
     narrow, row = {"out": "*bf16"}, {"temperature": "*fp32"}
-    eight, one = {"num_warps": 8}, {"num_warps": 1, "enable_fp_fusion": False}
+    eight, one = ({"num_warps": warps, "enable_fp_fusion": False} for warps in (8, 1))
     many = one | {"num_warps": 4}
     on, off = {"ENTROPY": True, "LOGSUMEXP": True}, {"ENTROPY": False, "LOGSUMEXP": False}
     return [
@@ -61,6 +61,8 @@ def variants():
         (sparse, "emit_kernel", {**full, **on, "TILE": 256, "SECTION": 32}, one, row),
         (sparse, "uniforms_kernel", {"BLOCK": 256}, {"num_warps": 4}, {"rows": "*i64", "seed": "i64"}),
         (sparse, "plan_kernel", {"SECTIONS": 32}, {"num_warps": 1}, {"numbers": "*i64", "expected": "*fp64"}),
+        (sparse, "scan_kernel", {"BLOCK": 4096}, {"num_warps": 8},
+         {"numbers": "*i64", "size": "i32", "expected": "*fp64", "told": "*fp64"}),
         (sparse, "gather_kernel", {"ADD": True, "GROUP": 8, "WIDTH": 1024}, {"num_warps": 4}, {"source": "*bf16"}),
         (sparse, "gather_kernel", {"ADD": False, "GROUP": 2, "WIDTH": 2048}, {"num_warps": 4},
          {"source": "*bf16", "out": "*bf16", "scale": "*fp32"}),

@@ -130,6 +130,13 @@ class Pass:
         self.call, self.numbers, self.hidden = call, numbers, hidden
         self.dtype = compute_dtype(hidden, weight, bias)
         live = call.vocab_size
+        self.products = Products(hidden, weight[:live], self.dtype)
+        columns = live if call.shard is None else call.shard.columns
+        self.wanted, self._weight_shape = wanted, weight.shape
+        self._allocate(hidden.shape[0], live, columns)
+        self._panel_number = 0
+        if hidden.shape[0]:  # a GPU has begun while the host is still preparing the rest
+            self.products.logits(slice(0, self.panel_rows), self._logits[0][: hidden.shape[0]])
         self.transform = call.transform.of(numbers)
         vocab_size = live if call.shard is None else call.shard.vocab_size
         self.has_target = (targets >= 0) & (targets < vocab_size)
@@ -137,10 +144,6 @@ class Pass:
         self.targets = torch.where(self.has_target & (here >= 0) & (here < live), here, -1)
         # -inf rules a token out. A large finite number does the same without the NaN of 0 * inf in the entropy.
         self.bias = None if bias is None else bias[:live].to(self.dtype).clamp(min=-1e30)
-        self.products = Products(hidden, weight[:live], self.dtype)
-        columns = live if call.shard is None else call.shard.columns
-        self.wanted, self._weight_shape = wanted, weight.shape
-        self._allocate(hidden.shape[0], live, columns)
         self.kernels = _row_kernels(call, self._logits[0], columns)
         zeros = self._logits[0].new_zeros
         self._d_hidden = zeros(hidden.shape) if wanted[0] else None
@@ -163,7 +166,7 @@ class Pass:
         self.chunk_rows, self.panel_rows = buffer_rows(num_rows, columns, self.dtype, narrow, budget, num_panels)
         self._logits = [_aligned(self.panel_rows, vocab, self.dtype, device) for _ in range(num_panels)]
         self._gradient_rows: Tensor | None = None
-        self._first_row, self._num_panels = 0, 0
+        self._first_row = 0
 
     def chunks(self) -> Iterator[slice]:
         for start in range(0, self.hidden.shape[0], self.chunk_rows):
@@ -174,9 +177,10 @@ class Pass:
         """Of each block: its rows and its (C, V) raw products."""
         for start in range(chunk.start, chunk.stop, self.panel_rows):
             panel = slice(start, min(start + self.panel_rows, chunk.stop))
-            logits = self._logits[self._num_panels % len(self._logits)][: panel.stop - start]
-            self._num_panels += 1
-            self.products.logits(panel, logits)
+            logits = self._logits[self._panel_number % len(self._logits)][: panel.stop - start]
+            self._panel_number += 1
+            if start > 0:  # the first is there
+                self.products.logits(panel, logits)
             if self.bias is not None:
                 logits += self.bias
             for first in range(start, panel.stop, self.kernels.block_rows):

@@ -195,6 +195,23 @@ def plan_kernel(counts, dusts, uniforms, num_sections, stands, numbers, expected
     tl.store(expected + row, tl.sum(count, 0).to(tl.float64) + tl.sum(dust, 0).to(tl.float64) / _ONE)
 
 
+@triton.jit(do_not_specialize=["size", "num_rows"])
+def scan_kernel(numbers, size, expected, num_rows, starts, told, BLOCK: tl.constexpr):
+    """One program. ``starts``: (size + 1,) sums of what is before; ``told``: how many entries, and in the mean."""
+    place = tl.arange(0, BLOCK)
+    before = tl.full([], 0, tl.int64)
+    for first in range(0, size, BLOCK):
+        number = tl.load(numbers + first + place, mask=first + place < size, other=0)
+        tl.store(starts + first + place, before + tl.cumsum(number, 0) - number, mask=first + place < size)
+        before += tl.sum(number, 0)
+    tl.store(starts + size, before)
+    mean = tl.full([], 0.0, tl.float64)
+    for first in range(0, num_rows, BLOCK):
+        mean += tl.sum(tl.load(expected + first + place, mask=first + place < num_rows, other=0.0), 0)
+    tl.store(told, before.to(tl.float64))
+    tl.store(told + 1, mean)
+
+
 # --- the products ----------------------------------------------------------------------------------------------------
 
 
@@ -241,12 +258,12 @@ class Plan(NamedTuple):
     Attributes:
         stands: (C, S) int64, where the running sum stands at the beginning of each section, in fixed point.
         starts: (C * S + 1,) int64, the entries of earlier sections, row by row.
-        expected: () fp64, entries of all rows in the mean over the uniforms.
+        told: (2,) fp64, entries of all rows: how many, and in the mean over the uniforms.
     """
 
     stands: Tensor
     starts: Tensor
-    expected: Tensor
+    told: Tensor
 
 
 def sparse_gradient(
@@ -256,7 +273,7 @@ def sparse_gradient(
     """As in ``RowKernels``. What it returns waits for the device, to know how many entries there are."""
     walk = (products, targets, tiles, rows, wanted, transform, threshold)
     plan = count(*walk, uniforms)
-    read = _read_later(plan.starts[-1], plan.expected)
+    read = _read_later(plan.told)
 
     def entries() -> Entries | None:
         num_entries, expected = read()
@@ -278,14 +295,14 @@ def row_uniforms(seed: int, rows: Tensor) -> Tensor:
     return out
 
 
-def _read_later(*numbers: Tensor) -> Callable[[], list[float]]:
+def _read_later(numbers: Tensor) -> Callable[[], list[float]]:
     """Numbers on the way to the host, which waits for what is queued by now, and not for what is queued later."""
-    if not numbers[0].is_cuda:
-        return lambda: [n.item() for n in numbers]
-    room = torch.empty(len(numbers), dtype=torch.float64, pin_memory=True)
-    room.copy_(torch.stack([n.double() for n in numbers]), non_blocking=True)
+    if not numbers.is_cuda:
+        return numbers.tolist
+    room = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    room.copy_(numbers, non_blocking=True)
     arrived = torch.cuda.Event()
-    arrived.record(torch.cuda.current_stream(numbers[0].device))
+    arrived.record(torch.cuda.current_stream(numbers.device))
 
     def read() -> list[float]:
         arrived.synchronize()
@@ -310,15 +327,16 @@ def count(
     dusts = torch.empty_like(counts, dtype=torch.int64)
     _walk(count_kernel, products, targets, tiles, rows, wanted, transform, threshold, counts, dusts)
     stands, numbers = torch.empty_like(dusts), torch.empty_like(dusts)
-    expected = torch.empty(shape[0], dtype=torch.float64, device=products.device)
+    starts = dusts.new_empty(dusts.numel() + 1)
+    expected = torch.empty(shape[0] + 2, dtype=torch.float64, device=products.device)
     with torch.cuda.device_of(products):
         plan_kernel[(shape[0],)](
             counts, dusts, uniforms.contiguous(), shape[1], stands, numbers, expected,
             SECTIONS=triton.next_power_of_2(shape[1]), num_warps=1,
         )  # fmt: skip
-    starts = numbers.new_zeros(numbers.numel() + 1)
-    torch.cumsum(numbers.view(-1), 0, out=starts[1:])
-    return Plan(stands, starts, expected.sum())
+        told = expected[shape[0] :]
+        scan_kernel[(1,)](numbers, numbers.numel(), expected, shape[0], starts, told, BLOCK=4096, num_warps=8)
+    return Plan(stands, starts, told)
 
 
 def emit(
@@ -337,12 +355,12 @@ def _walk(
     kernel: Any, products: Tensor, targets: Tensor, tiles: Tiles, rows: RowStatistics, wanted: Coefficients,
     transform: Transform, threshold: float, *results: Tensor,
 ) -> None:  # fmt: skip
-    # Without fused multiply-adds both kernels round alike, and find the same entries. One warp a section: it waits for
+    # Both kernels round alike (``launch`` fuses nothing), and find the same entries. One warp a section: it waits for
     # memory, again and again, and many wait at a time.
     launch(
         kernel, products, targets, transform, *row_vectors(rows, wanted), *tiles, tiles.level.stride(0),
         float(threshold), *results, ENTROPY=wanted.entropy is not None, LOGSUMEXP=wanted.logsumexp is not None,
-        TILE=TILE, SECTION=SECTION, num_warps=1, enable_fp_fusion=False,
+        TILE=TILE, SECTION=SECTION, num_warps=1,
         programs_a_row=triton.cdiv(tiles.mass.shape[1], SECTION),
     )  # fmt: skip
 
