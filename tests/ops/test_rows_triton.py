@@ -9,7 +9,7 @@ from op_support import relative, with_target
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from aapo_fast.ops.linear_policy.kernels_triton import BLOCK
+from aapo_fast.ops.linear_policy.kernels_triton import BLOCK, TILE
 from aapo_fast.ops.linear_policy.rows_triton import TritonRows
 from aapo_fast.ops.linear_policy.statistics import (
     Coefficients,
@@ -282,3 +282,22 @@ def test_no_rows_one_row_and_expanded_coefficients():
 def test_fp64_is_refused():
     with pytest.raises(ValueError, match="implementation='triton' computes in fp32, not torch.float64"):
         TritonRows(torch.zeros(2, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("where", [0, 2500, 5999], ids=["first columns", "beyond them", "last column"])
+@pytest.mark.parametrize("height", [5.0, 40.0, 300.0])
+def test_masses_of_tiles_from_one_level(where, height):
+    """A row that goes far beyond its first columns is swept again from its maximum; its target is in no sum."""
+    x = torch.randn(3, 6000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    x[:, where] = height
+    targets = torch.tensor([-1, where, 17], device=DEVICE)
+    kernels = TritonRows(x, sparse=True)
+    partials = kernels.statistics(x, targets, Transform())
+    rest = x.double().masked_fill(torch.arange(6000, device=DEVICE) == targets[:, None], -torch.inf)
+    e = (rest - rest.amax(1, keepdim=True)).exp()
+    shifted = (rest - rest.amax(1, keepdim=True)).clamp(min=-1e30)
+    for found, true in zip(partials, (rest.amax(1), e.sum(1), (e * shifted).sum(1)), strict=False):
+        assert ((found - true).abs() <= 2e-6 * true.abs().clamp(min=1e-3)).all()
+    level, mass = kernels._tiles
+    tiles = torch.nn.functional.pad((rest - level.double()[:, None]).exp(), (0, -6000 % TILE)).view(3, -1, TILE).sum(2)
+    assert ((mass - tiles).abs() <= 1e-6 * tiles + 1e-37).all()

@@ -49,8 +49,9 @@ def variants():
     many = one | {"num_warps": 4}
     on, off = {"ENTROPY": True, "LOGSUMEXP": True}, {"ENTROPY": False, "LOGSUMEXP": False}
     return [
-        (rows, "statistics_kernel", {**plain, "KEEP_TILES": False, "TILE": 4096, "BLOCK": 4096}, eight, {}),
-        (rows, "statistics_kernel", {**full, "KEEP_TILES": True, "TILE": 256, "BLOCK": 4096}, eight, row),
+        (rows, "statistics_kernel", {**plain, "KEEP_TILES": False, "TILE": 256, "BLOCK": 4096}, eight, {}),
+        (rows, "statistics_kernel", {**plain, "KEEP_TILES": True, "TILE": 256, "BLOCK": 2048}, eight, {}),
+        (rows, "statistics_kernel", {**full, "KEEP_TILES": True, "TILE": 256, "BLOCK": 2048}, eight, row),
         (rows, "gradient_kernel", {**plain, **off, "APART": True, "BLOCK": 4096}, eight, narrow),
         (rows, "gradient_kernel", {**full, **on, "APART": False, "BLOCK": 4096}, eight, row),
         (rows, "both_sweeps_kernel", {**plain, "APART": True, "BLOCK": 4096}, eight, {**narrow, "index": "*i64"}),

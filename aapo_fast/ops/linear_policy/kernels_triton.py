@@ -22,10 +22,13 @@ from aapo_fast.ops.linear_policy.statistics import Coefficients, Partials, RowSt
 BLOCK = 4096
 """Columns that a program holds at a time: 16 a thread, four 16-byte loads in flight."""
 
+TILED_BLOCK = 2048
+"""The same of the sweep that keeps tiles, which needs more registers."""
+
 NUM_WARPS = 8
 
 TILE = 256
-"""Columns of a tile, of which sweep 1 keeps the sum for sparse rows: 8 bytes for 1 KB of logits."""
+"""Columns of a tile, of which sweep 1 keeps the sum for sparse rows: 4 bytes for 1 KB of logits."""
 
 _LOWEST = tl.constexpr(-1e34)
 """Stands for minus infinity where differences are taken: below any logit, and finite times any count."""
@@ -92,22 +95,15 @@ def logits(x, inner, outer, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _sweep_1(
-    products, vocab, target, inner, outer, tile_level, tile_mass,
-    SOFTCAP: tl.constexpr, KEEP_TILES: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """(row_max, total, weighted) of the row that ``products`` points to, all but its target; and its ``Tiles`` if kept.
+def _sweep_1(products, vocab, target, inner, outer, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
+    """(row_max, total, weighted) of the row that ``products`` points to, all but its target.
 
-    Sums run beside each other, each from a maximum of its own, and meet at the end: no warp waits for another one on
-    the way. Each belongs to every fourth stretch of columns of a thread, or to every so many tiles. What an addition
-    rounds away is added up too: dozens of roundings of a total near one would cost a peaked row its last digits.
+    Sums run beside each other, each over every fourth stretch of columns of a thread and from a maximum of its own, and
+    meet at the end: no warp waits for another one on the way. What an addition rounds away is added up too: dozens of
+    roundings of a total near one would cost a peaked row its last digits.
     """
-    along: tl.constexpr = 1 if KEEP_TILES else 0
-    sums: tl.constexpr = BLOCK // TILE if KEEP_TILES else BLOCK // 4
-    if KEEP_TILES:
-        place = tl.arange(0, sums)[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    else:
-        place = tl.arange(0, 4)[:, None] * sums + tl.arange(0, sums)[None, :]
+    sums: tl.constexpr = BLOCK // 4
+    place = tl.arange(0, 4)[:, None] * sums + tl.arange(0, sums)[None, :]
     own_max = tl.full([sums], _LOWEST, tl.float32)
     total, total_rest = tl.zeros([sums], tl.float32), tl.zeros([sums], tl.float32)
     weighted, weighted_rest = tl.zeros([sums], tl.float32), tl.zeros([sums], tl.float32)
@@ -116,19 +112,10 @@ def _sweep_1(
         held = (column < vocab) & (column != target)
         z, _ = logits(tl.load(products + column, mask=column < vocab, other=0.0), inner, outer, SOFTCAP)
         z = tl.where(held, z, float("-inf"))
-        top = tl.maximum(tl.max(z, along), _LOWEST)
-        if KEEP_TILES:  # a tile's sum is from its own maximum
-            mass, pull = _mass(z, top, along)
-            number = start // TILE + tl.arange(0, sums)
-            tl.store(tile_level + number, top, mask=number * TILE < vocab)
-            tl.store(tile_mass + number, mass, mask=number * TILE < vocab)
-            before, own_max = own_max, tl.maximum(own_max, top)
-            lower = exp(top - own_max)
-            pull = lower * (pull + (top - own_max) * mass)
-            mass *= lower
-        else:
-            before, own_max = own_max, tl.maximum(own_max, top)
-            mass, pull = _mass(z, own_max, along)
+        before, own_max = own_max, tl.maximum(own_max, tl.maximum(tl.max(z, 0), _LOWEST))
+        shifted = z - own_max[None, :]
+        e = exp(shifted)
+        mass, pull = tl.sum(e, 0), tl.sum(e * tl.maximum(shifted, _LOWEST), 0)
         old = exp(before - own_max)
         weighted = old * (weighted + (before - own_max) * total)
         weighted, weighted_rest = _add(weighted, old * (weighted_rest + (before - own_max) * total_rest), pull)
@@ -142,11 +129,65 @@ def _sweep_1(
 
 
 @triton.jit
-def _mass(z, top, ALONG: tl.constexpr):
-    """Sums over one axis of exp(z - top), and of that times z - top."""
-    shifted = z - tl.expand_dims(top, ALONG)
-    e = exp(shifted)
-    return tl.sum(e, ALONG), tl.sum(e * tl.maximum(shifted, _LOWEST), ALONG)
+def _sweep_1_in_tiles(
+    products, vocab, target, inner, outer, tile_mass, SOFTCAP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The same, and the mass of each tile; with the ``level`` that masses are from, one for the row.
+
+    It is the maximum of the first columns, so that nothing has to be rescaled on the way and only one sum crosses a
+    warp's threads. A row that goes far beyond it is swept again from its true maximum.
+    """
+    column = tl.arange(0, BLOCK)
+    z, _ = logits(tl.load(products + column, mask=column < vocab, other=0.0), inner, outer, SOFTCAP)
+    level = tl.maximum(tl.max(tl.where((column < vocab) & (column != target), z, float("-inf"))), _LOWEST)
+    row_max, total, weighted = _tiles_from(
+        level, products, vocab, target, inner, outer, tile_mass, SOFTCAP, TILE, BLOCK
+    )
+    if row_max - level > _FAR:
+        level = row_max
+        row_max, total, weighted = _tiles_from(
+            level, products, vocab, target, inner, outer, tile_mass, SOFTCAP, TILE, BLOCK
+        )
+    down = tl.minimum((level - row_max).to(tl.float64), 600.0)
+    factor = tl.exp(down)
+    weighted = factor * (weighted + down * total)
+    return row_max, (factor * total).to(tl.float32), weighted.to(tl.float32), level
+
+
+_FAR = tl.constexpr(16.0)
+"""How far a row may go beyond the level: sums of exp(z - level) are far from overflow, and little of the entropy's
+digits cancels."""
+
+
+@triton.jit
+def _tiles_from(
+    level, products, vocab, target, inner, outer, tile_mass, SOFTCAP: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The row's maximum; the sums of exp(z - level) and of that times z - level, fp64."""
+    tiles: tl.constexpr = BLOCK // TILE
+    fours: tl.constexpr = TILE // 4
+    place = tl.arange(0, tiles)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    highest = tl.full([tiles, fours], _LOWEST, tl.float32)
+    total, total_rest = tl.zeros([tiles], tl.float32), tl.zeros([tiles], tl.float32)
+    weighted, weighted_rest = tl.zeros([tiles, fours], tl.float32), tl.zeros([tiles, fours], tl.float32)
+    for start in range(0, vocab, BLOCK):
+        column = start + place
+        held = (column < vocab) & (column != target)
+        z, _ = logits(tl.load(products + column, mask=column < vocab, other=0.0), inner, outer, SOFTCAP)
+        z = tl.where(held, z, float("-inf"))
+        highest = tl.maximum(highest, tl.max(tl.reshape(z, [tiles, fours, 4]), 2))
+        shifted = z - level
+        e = exp(shifted)
+        mass = tl.sum(tl.sum(tl.reshape(e, [tiles, fours, 4]), 2), 1)
+        number = start // TILE + tl.arange(0, tiles)
+        tl.store(tile_mass + number, mass, mask=number * TILE < vocab)
+        total, total_rest = _add(total, total_rest, mass)
+        pull = tl.sum(tl.reshape(e * tl.maximum(shifted, _LOWEST), [tiles, fours, 4]), 2)
+        weighted, weighted_rest = _add(weighted, weighted_rest, pull)
+    sums = total.to(tl.float64) + total_rest.to(tl.float64)
+    pulls = weighted.to(tl.float64) + weighted_rest.to(tl.float64)
+    return tl.max(highest), tl.sum(sums, 0), tl.sum(pulls)
 
 
 @triton.jit
@@ -220,21 +261,22 @@ _VECTORS = ["targets", "temperature", "row_max", "total", "entropy", "on_logp", 
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["targets", "temperature"])
 def statistics_kernel(
-    products, stride, vocab, targets, temperature, scale, softcap, partials, num_rows, tile_level, tile_mass, num_tiles,
+    products, stride, vocab, targets, temperature, scale, softcap, partials, num_rows, level, tile_mass, num_tiles,
     SOFTCAP: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, KEEP_TILES: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``partials``: (4, C) row_max, total, weighted, target; ``tile_level`` and ``tile_mass``: (C, T), if kept."""
+    """``partials``: (4, C) row_max, total, weighted, target; ``level`` (C,) and ``tile_mass`` (C, T), if kept."""
     row = tl.program_id(0).to(tl.int64)
     products += row * stride
     inner, outer = row_factors(row, temperature, scale, softcap, SOFTCAP, ROW_TEMPERATURE)
-    if KEEP_TILES:
-        tile_level += row * num_tiles
-        tile_mass += row * num_tiles
     target = tl.load(targets + row)
-    row_max, total, weighted = _sweep_1(
-        products, vocab, target, inner, outer, tile_level, tile_mass, SOFTCAP, KEEP_TILES, TILE, BLOCK
-    )
+    if KEEP_TILES:
+        row_max, total, weighted, own_level = _sweep_1_in_tiles(
+            products, vocab, target, inner, outer, tile_mass + row * num_tiles, SOFTCAP, TILE, BLOCK
+        )
+        tl.store(level + row, own_level)
+    else:
+        row_max, total, weighted = _sweep_1(products, vocab, target, inner, outer, SOFTCAP, BLOCK)
     at_target = _logit_at(products, target, inner, outer, SOFTCAP)
     _store_partials(partials + row, num_rows, row_max, total, weighted, at_target)
 
@@ -275,9 +317,7 @@ def both_sweeps_kernel(
     products += row * stride
     target = tl.load(targets + row)
     inner, outer = row_factors(row, temperature, scale, softcap, SOFTCAP, ROW_TEMPERATURE)
-    row_max, total, weighted = _sweep_1(
-        products, vocab, target, inner, outer, products, products, SOFTCAP, False, BLOCK, BLOCK
-    )
+    row_max, total, weighted = _sweep_1(products, vocab, target, inner, outer, SOFTCAP, BLOCK)
     at_target = _logit_at(products, target, inner, outer, SOFTCAP)
     _store_partials(partials + row, num_rows, row_max, total, weighted, at_target)
     # The target joins, as in statistics.finish.
@@ -333,7 +373,7 @@ def scale_kernel(source, scale, out, size, BLOCK: tl.constexpr):
 
 
 class Tiles(NamedTuple):
-    """Of each tile of ``TILE`` columns, (C, T) fp32: ``mass``, the sum of exp(z - level), and that level."""
+    """``mass`` (C, T) fp32, of each tile of ``TILE`` columns the sum of exp(z - level), and that ``level`` (C,)."""
 
     level: Tensor
     mass: Tensor

@@ -15,6 +15,7 @@ from aapo_fast.ops.linear_policy import kernels_triton, sparse_triton, targets_t
 from aapo_fast.ops.linear_policy.kernels_triton import (
     BLOCK,
     TILE,
+    TILED_BLOCK,
     Tiles,
     both_sweeps_kernel,
     gradient_kernel,
@@ -53,11 +54,11 @@ class TritonRows:
         partials = products.new_empty(4, products.shape[0])
         level, mass = partials, partials
         if self._sparse:  # of this block alone: the one before may still wait to be spent
-            shape = 2, products.shape[0], triton.cdiv(products.shape[1], TILE)
-            level, mass = self._tiles = Tiles(*products.new_empty(shape))
+            mass = products.new_empty(products.shape[0], triton.cdiv(products.shape[1], TILE))
+            level, mass = self._tiles = Tiles(products.new_empty(products.shape[0]), mass)
         launch(
-            statistics_kernel, products, targets, transform, partials, products.shape[0], level, mass, level.stride(0),
-            KEEP_TILES=self._sparse, TILE=TILE if self._sparse else BLOCK, BLOCK=BLOCK,
+            statistics_kernel, products, targets, transform, partials, products.shape[0], level, mass, mass.stride(0),
+            KEEP_TILES=self._sparse, TILE=TILE, BLOCK=TILED_BLOCK if self._sparse else BLOCK,
         )  # fmt: skip
         return Partials(*partials)
 

@@ -66,12 +66,6 @@ def uniforms_kernel(rows, seed, out, num_rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _tile_mass(tile_level, tile_mass, tile, row_max, inverse):
-    """Probability of a whole tile, from what sweep 1 kept."""
-    return exp(tl.load(tile_level + tile) - row_max) * tl.load(tile_mass + tile) * inverse
-
-
-@triton.jit
 def _open(products, tile, vocab, target, row_max, inverse, inner, outer, SOFTCAP: tl.constexpr, TILE: tl.constexpr):
     """(column, logit less the maximum, p, d z / d x) of the entries of a tile; p is zero at the target."""
     column = tile * TILE + tl.arange(0, TILE)
@@ -101,14 +95,13 @@ _VECTORS = ["targets", "temperature", "row_max", "total", "entropy", "on_logp", 
 @triton.jit(do_not_specialize_on_alignment=_VECTORS)
 def count_kernel(
     products, stride, vocab, targets, temperature, scale, softcap, row_max, total, entropy, on_logp, on_entropy,
-    on_logsumexp, tile_level, tile_mass, num_tiles, threshold, counts, dusts,
+    on_logsumexp, level, tile_mass, num_tiles, threshold, counts, dusts,
     SOFTCAP: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, ENTROPY: tl.constexpr, LOGSUMEXP: tl.constexpr,
     TILE: tl.constexpr, SECTION: tl.constexpr,
 ):  # fmt: skip
     """Of each section, (C, S): ``counts``, int32, the entries that are not drawn; ``dusts``, int64, dust over eps."""
     row, section = tl.program_id(0).to(tl.int64), tl.program_id(1)
     products += row * stride
-    tile_level += row * num_tiles
     tile_mass += row * num_tiles
     inner, outer = row_factors(row, temperature, scale, softcap, SOFTCAP, ROW_TEMPERATURE)
     top, sum_exps = tl.load(row_max + row), tl.load(total + row)
@@ -117,10 +110,11 @@ def count_kernel(
         coefficient(on_logsumexp, row, LOGSUMEXP),
     )  # fmt: skip
     inverse, target = reciprocal(sum_exps), tl.load(targets + row)
+    share = exp(tl.load(level + row) - top) * inverse
     count = tl.full([], 0, tl.int32)
     dust = tl.full([], 0, tl.int64)
     for tile in range(section * SECTION, tl.minimum((section + 1) * SECTION, walk)):
-        mass = _tile_mass(tile_level, tile_mass, tile, top, inverse)
+        mass = tl.load(tile_mass + tile) * share
         if mass >= threshold:
             _, _, p, _ = _open(products, tile, vocab, target, top, inverse, inner, outer, SOFTCAP, TILE)
             count += tl.sum((p >= threshold).to(tl.int32), 0)
@@ -135,7 +129,7 @@ def count_kernel(
 @triton.jit(do_not_specialize_on_alignment=_VECTORS)
 def emit_kernel(
     products, stride, vocab, targets, temperature, scale, softcap, row_max, total, entropy, on_logp, on_entropy,
-    on_logsumexp, tile_level, tile_mass, num_tiles, threshold, stands_before, starts, entry_row, entry_column,
+    on_logsumexp, level, tile_mass, num_tiles, threshold, stands_before, starts, entry_row, entry_column,
     entry_value,
     SOFTCAP: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, ENTROPY: tl.constexpr, LOGSUMEXP: tl.constexpr,
     TILE: tl.constexpr, SECTION: tl.constexpr,
@@ -143,7 +137,6 @@ def emit_kernel(
     """Entries of section s to [starts[s], starts[s + 1]), in order of columns."""
     row, section = tl.program_id(0).to(tl.int64), tl.program_id(1)
     products += row * stride
-    tile_level += row * num_tiles
     tile_mass += row * num_tiles
     inner, outer = row_factors(row, temperature, scale, softcap, SOFTCAP, ROW_TEMPERATURE)
     top, sum_exps = tl.load(row_max + row), tl.load(total + row)
@@ -151,11 +144,12 @@ def emit_kernel(
     c = coefficient(on_logsumexp, row, LOGSUMEXP)
     walk = _tiles_to_walk(num_tiles, top, sum_exps, a, b, c)
     inverse, offset = reciprocal(sum_exps), tl.load(entropy + row) - tl.log(sum_exps)
+    share = exp(tl.load(level + row) - top) * inverse
     place = row * tl.num_programs(1) + section
     stands, slot, end = tl.load(stands_before + place), tl.load(starts + place), tl.load(starts + place + 1)
     target = tl.load(targets + row)
     for tile in range(section * SECTION, tl.minimum((section + 1) * SECTION, walk)):
-        mass = _tile_mass(tile_level, tile_mass, tile, top, inverse)
+        mass = tl.load(tile_mass + tile) * share
         dust = _fixed(mass, threshold)
         if (mass >= threshold) | (((stands + dust) >> _FRACTION) != (stands >> _FRACTION)):
             column, shifted, p, slope = _open(products, tile, vocab, target, top, inverse, inner, outer, SOFTCAP, TILE)
@@ -358,7 +352,7 @@ def _walk(
     # Both kernels round alike (``launch`` fuses nothing), and find the same entries. One warp a section: it waits for
     # memory, again and again, and many wait at a time.
     launch(
-        kernel, products, targets, transform, *row_vectors(rows, wanted), *tiles, tiles.level.stride(0),
+        kernel, products, targets, transform, *row_vectors(rows, wanted), *tiles, tiles.mass.stride(0),
         float(threshold), *results, ENTROPY=wanted.entropy is not None, LOGSUMEXP=wanted.logsumexp is not None,
         TILE=TILE, SECTION=SECTION, num_warps=1,
         programs_a_row=triton.cdiv(tiles.mass.shape[1], SECTION),
