@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import warnings
@@ -226,6 +227,9 @@ def _settings(arguments: argparse.Namespace, device: Any, chosen: list[Method]) 
     from aapo_fast.bench.work import Settings
 
     command = shlex.join(["aapo-fast", *arguments.argv])
+    buffers = os.environ.get("AAPO_FAST_BUFFER_GIB")
+    if buffers is not None:
+        command = f"AAPO_FAST_BUFFER_GIB={shlex.quote(buffers)} {command}"
     return Settings(chosen, device, seed=arguments.seed, command=command, notes=arguments.note)
 
 

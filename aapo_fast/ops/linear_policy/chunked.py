@@ -90,6 +90,10 @@ class Call:
     autocast: torch.dtype | None
 
 
+LONGEST_PAUSE = 63
+"""Blocks that are dense without a look, after several looks in vain: each time twice as many, up to so many."""
+
+
 class Gradients(NamedTuple):
     """In the compute dtype, None where not wanted: (M, H), (V, H) and (V,). The second may still be to be made."""
 
@@ -154,7 +158,7 @@ class Pass:
         self._dense_blocks: list[slice] = []
         self._in_flight: deque[_InFlight] = deque()
         self._entries: list[tuple[slice, Entries]] = []
-        self._blocks_to_pass_over = 0
+        self._pause = self._blocks_to_pass_over = 0
 
     def _allocate(self, num_rows: int, vocab: int, columns: int) -> None:
         """Panels of logits; gradient rows have their place there, or a buffer that is made when it is needed."""
@@ -247,8 +251,10 @@ class Pass:
         entries = entries_of()
         if entries is not None:
             self._entries.append((rows, entries))
+            self._pause = 0
             return
-        self._blocks_to_pass_over = self.kernels.blocks_between_tries
+        self._pause = min(2 * self._pause + 1, LONGEST_PAUSE) if self._pause else self.kernels.blocks_between_tries
+        self._blocks_to_pass_over = self._pause
         begun, late = self._first_row, rows.start < self._first_row
         if late:  # the last of the chunk before, whose place is still free: nothing of this chunk has landed yet
             self._first_row = rows.start
