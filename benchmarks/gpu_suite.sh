@@ -16,6 +16,7 @@ PEER_WHEELS=${PEER_WHEELS:-benchmarks/wheels}
 SECONDS_IN_ALL=${SECONDS_IN_ALL:-540}
 SECONDS_FOR_TESTS=${SECONDS_FOR_TESTS:-150}
 SECONDS_FOR_ACCURACY=60
+SECONDS_FOR_STEPS=80
 SECONDS_TO_REPORT=15
 export PYTHONUNBUFFERED=1
 
@@ -54,7 +55,7 @@ run_tests() {
   fi
   local status=0
   timeout --signal=INT --kill-after=10 "$SECONDS_FOR_TESTS" \
-    "$PYTHON" -m pytest tests/gpu -q -x --durations=5 2>&1 | tee "$OUT/tests.log" || status=$?
+    "$PYTHON" -m pytest tests/gpu -q --durations=5 2>&1 | tee "$OUT/tests.log" || status=$?
   case $status in
     0) grep -q ' passed' "$OUT/tests.log" || note="GPU TESTS NOT RUN: all were skipped" ;;
     124 | 137) note="GPU TESTS NOT FINISHED in $SECONDS_FOR_TESTS s: the figures below are of code that is not tested" ;;
@@ -88,7 +89,7 @@ bench() {
 head() {
   local folder=$1 limit
   shift
-  limit=$(seconds_left $((SECONDS_FOR_ACCURACY + SECONDS_TO_REPORT)))
+  limit=$(seconds_left $((SECONDS_FOR_ACCURACY + SECONDS_FOR_STEPS + SECONDS_TO_REPORT)))
   [ "$limit" -gt 30 ] || return
   bench "$limit" head --device cuda --dtype bfloat16 --rounds 6 \
     --minutes "$(awk -v s="$limit" 'BEGIN { print (s - 15) / 60 }')" --output "$folder" "${notes[@]}" "$@" --rows 4096 \
@@ -105,9 +106,15 @@ if [ -n "$culprit" ]; then
   rm -f "$OUT/head.md" "$OUT/head.svg"  # its JSON stays
   head "$OUT/again" --without "$culprit"
 fi
-bench "$(seconds_left $SECONDS_TO_REPORT)" accuracy --device cuda --dtype bfloat16 --shape 2048,4096,151936 \
+bench "$(seconds_left $((SECONDS_FOR_STEPS + SECONDS_TO_REPORT)))" accuracy --device cuda --dtype bfloat16 --shape 2048,4096,151936 \
   --output "$OUT" "${notes[@]}" >/dev/null || echo "== bench accuracy: exit status $?"
+
+steps=$(seconds_left $SECONDS_TO_REPORT)
+timeout --signal=INT --kill-after=5 "$steps" "$PYTHON" benchmarks/gpu_train_step.py --seconds $((steps - 10)) \
+  --json "$OUT/train_step.json" >"$OUT/train_step.log" 2>&1 || echo "== train steps: exit status $?"
 
 echo "== ${SECONDS} s"
 bench 60 report "$OUT"
+[ -z "$note" ] || echo "**$note**"
+grep '^|' "$OUT/train_step.log"
 [ -z "$note" ]
