@@ -65,7 +65,7 @@ class Chunk:
     def sample(self, block: slice, stats) -> Entries:
         wanted = Coefficients(self.weights[block], None, None)
         given = (self.logits[block], self.targets[block], stats, wanted, Transform(), THRESHOLD, self.uniforms[block])
-        found = self.kernels.sparse_gradient(*given)
+        found = self.kernels.sparse_gradient(*given)()
         assert found is not None, "the rows are too full for sparse gradients"
         return found
 

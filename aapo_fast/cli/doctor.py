@@ -47,7 +47,7 @@ def doctor() -> int:
     else:
         print("cuda: none; training runs on the CPU, in float32")
 
-    from aapo_fast.ops import dispatch
+    from aapo_fast.ops import dispatch, native
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = dispatch.resolve("auto", device)
@@ -56,6 +56,7 @@ def doctor() -> int:
         mark = "->" if candidate.name == chosen else "  "
         state = "available" if candidate.available else "unavailable"
         print(f"  {mark} {candidate.name:<10} {state:<12} {candidate.reason}")
+    print(f"  {native.describe()}")
 
     print("\npackages:")
     for name, purpose in {**NEEDED_TO_TRAIN, **OPTIONAL}.items():

@@ -6,6 +6,7 @@ import pytest
 import support
 
 from aapo_fast import cli, config
+from aapo_fast.ops import native
 
 
 @pytest.fixture
@@ -73,3 +74,6 @@ def test_doctor(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "-> " in out and "triton     unavailable" in out and "transformers" in out
+    built = "made by" if native.why_not() is None else native.why_not()
+    [line] = [line for line in out.splitlines() if "native kernels: " in line]
+    assert built in line

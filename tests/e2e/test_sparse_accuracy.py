@@ -1,4 +1,4 @@
-"""Sparse gradient rows on a real model's own samples: at eps = 2^-13 no worse than dense rows rounded to bf16."""
+"""Sparse gradient rows on a real model's own samples, at eps = 2^-13, beside dense rows rounded to bf16."""
 
 from pathlib import Path
 
@@ -35,7 +35,8 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-def test_no_worse_than_dense_rows_in_bfloat16(states):
+def test_beside_dense_rows_in_bfloat16(states):
+    """Fewer than a hundred tokens. Over a thousand, one draw is 1.1 to 1.4 times as far off (docs/accuracy.md)."""
     hidden, weight, targets = states
     n = targets.numel()
     coefficients = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / n
