@@ -2,12 +2,15 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from aapo_fast.bench import report, results
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -61,3 +64,11 @@ def test_the_table_of_faults_names_tests_with_the_cases_that_it_counts():
         known = sum(cases[pair] or 1 for pair in pairs)
         assert re.fullmatch(rf"(\d+ in )?{known}", times), f"{fault}: {times}, and there are {known} cases"
     assert {pair for pair in cases if pair[0] in INJECT} <= {pair for pairs in named for pair in pairs}
+
+
+@pytest.mark.parametrize("page", ["benchmarks.md", "accuracy.md"])
+def test_the_pages_of_results_are_those_of_the_results(page, tmp_path):
+    """What `aapo-fast bench report benchmarks/results --docs docs` would write is what is there."""
+    shutil.copy(ROOT / "docs" / page, tmp_path)
+    report.write_docs(list(results.find([ROOT / "benchmarks" / "results"])), tmp_path)
+    assert (tmp_path / page).read_text() == (ROOT / "docs" / page).read_text()

@@ -46,3 +46,12 @@ def test_prime_rl_group():
     advantages = run_page("prime-rl.md")["aapo_of_group"]([1.0, 0.0], [0.5, 0.7])
     z = 0.5 / (0.5**0.5 + 1e-4)
     assert advantages == pytest.approx([z + 0.28, -z - 0.2], rel=1e-5)
+
+
+def test_openrlhf_branch():
+    """Three prompts of four samples, (prompts, samples) in and out."""
+    rewards, reference = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    out = run_page("openrlhf.md")["aapo"](rewards, reference)
+    assert out.shape == (3, 4)
+    for row, own, other in zip(out, rewards, reference, strict=True):
+        assert torch.equal(row, af.aapo_advantages(own, other, group_size=4))
