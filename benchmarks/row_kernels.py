@@ -25,9 +25,9 @@ import torch
 
 from aapo_fast.bench import inputs, machine, shapes
 from aapo_fast.ops import native
-from aapo_fast.ops.linear_policy.chunked import CHUNK_BYTES, CHUNK_ROWS
 from aapo_fast.ops.linear_policy.rows_native import TILE, NativeRows
 from aapo_fast.ops.linear_policy.rows_torch import even_parts
+from aapo_fast.ops.linear_policy.sizes import CHUNK_BYTES, CHUNK_ROWS
 from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Transform, finish
 from aapo_fast.ops.linear_policy.uniforms import row_uniforms
 

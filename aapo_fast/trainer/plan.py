@@ -18,7 +18,7 @@ import torch
 from aapo_fast.config import Config
 from aapo_fast.models.load import load_shape
 from aapo_fast.models.lora import add_adapter
-from aapo_fast.ops.linear_policy.chunked import buffer_rows, gpu_budget
+from aapo_fast.ops.linear_policy.sizes import buffer_rows, gpu_budget
 
 FP32 = 4
 Kind = Literal["arithmetic", "setting", "estimate"]
@@ -208,7 +208,7 @@ def in_bfloat16(config: Config) -> bool:
 
 
 def head_buffer_bytes(rows: int, s: Shape, on_gpu: bool) -> float:
-    """Logits of one chunk of the fused loss, whose gradient rows take their place (``chunked.buffer_rows``)."""
+    """Logits of one chunk of the fused loss, whose gradient rows take their place (``sizes.buffer_rows``)."""
     budget = gpu_budget(FP32 * s.vocab * s.hidden) if on_gpu else 0
     chunk, _ = buffer_rows(rows, s.vocab, torch.float32, torch.float32, budget)
     return FP32 * chunk * s.vocab

@@ -11,14 +11,14 @@ import torch
 
 import aapo_fast as af
 from aapo_fast.ops import dispatch
-from aapo_fast.ops.linear_policy import autograd, chunked, products, rows_native, rows_torch, statistics
+from aapo_fast.ops.linear_policy import autograd, chunked, products, rows_native, rows_torch, sizes, statistics
 
 IMPLEMENTATIONS = [c.name for c in dispatch.survey(torch.device("cpu")) if c.available and c.name != "reference"]
 
 
 @pytest.fixture(autouse=True)
 def _several_chunks(monkeypatch):
-    monkeypatch.setattr(chunked, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(sizes, "CHUNK_ROWS", 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

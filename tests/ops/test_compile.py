@@ -87,6 +87,32 @@ class WithMore:
         return self.weight * self.more * tokens.logps
 
 
+class FasterAAPO(af.AAPO):
+    """A subclass of a frozen dataclass, which is no dataclass itself and may carry what it likes."""
+
+    factor = 1.0
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.factor = 5.0
+
+    def __call__(self, tokens):
+        return self.factor * super().__call__(tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """Frozen, and keeps more than its fields all the same."""
+
+    scale: float
+
+    def __post_init__(self):
+        object.__setattr__(self, "_scaled", 3.0 * self.scale)
+
+    def __call__(self, tokens):
+        return self._scaled * tokens.logps
+
+
 class Callback:
     """No dataclass; makes NaN in rows that it declares inactive."""
 
@@ -98,7 +124,9 @@ class Callback:
         return -(tokens.logps - old[tokens.rows]).exp()
 
 
-@pytest.mark.parametrize("kind", ["dataclass", "attribute beside the fields", "inactive rows of NaN"])
+@pytest.mark.parametrize(
+    "kind", ["dataclass", "attribute beside the fields", "inactive rows of NaN", "subclass of ours", "frozen with more"]
+)
 def test_objectives_of_users_in_one_graph(kind):
     inputs = problem(12, 8, 31)
     objective = Callback()
@@ -107,6 +135,10 @@ def test_objectives_of_users_in_one_graph(kind):
     elif kind == "attribute beside the fields":
         objective = WithMore(0.3)
         objective.more = 5.0
+    elif kind == "subclass of ours":
+        objective = FasterAAPO(torch.randn(3), torch.arange(12) // 4, 12.0)
+    elif kind == "frozen with more":
+        objective = Cached(0.7)
 
     def step(hidden, weight, targets, bias):
         return af.linear_policy_loss(hidden * 1.5, weight, targets, objective).loss, torch.zeros(())

@@ -95,3 +95,23 @@ def test_two_blocks_are_in_flight(apart, monkeypatch):
     advantages, index = sequences(2 * PANEL)
     gradients(af.AAPO(advantages.float() + 2, index, 6.0), "sparse", problem(2 * PANEL, H, V))
     assert order == ["count", "count", "emit", "emit"]
+
+
+def test_full_blocks_are_looked_at_ever_more_rarely(apart, monkeypatch):
+    looked, real = [], chunked.Pass.spend
+
+    def spend(self, rows, products, stats, wanted):
+        if self._tries_sparse():
+            looked.append(rows.start // PANEL)
+        real(self, rows, products, stats, wanted)
+
+    monkeypatch.setattr(chunked.Pass, "spend", spend)
+    monkeypatch.setattr(sparse_triton, "DENSE_SHARE", 0.0)
+    monkeypatch.setattr(rows_triton.TritonRows, "blocks_between_tries", 2)
+    advantages, index = sequences(22 * PANEL)
+    inputs = problem(22 * PANEL, 4, 9)
+    objective = af.AAPO(advantages.float() + 3, index, 66.0)
+    found, exact = gradients(objective, "sparse", inputs), gradients(objective, "exact", inputs)
+    assert all(relative(a, b) < 1e-5 for a, b in zip(found, exact, strict=True))
+    # Two at a time, since one is in flight, but for the last block of a chunk that has dense ones; pauses of 2, 5, 11.
+    assert looked == [0, 1, 4, 5, 11]

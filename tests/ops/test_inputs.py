@@ -8,7 +8,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import aapo_fast as af
+from aapo_fast.ops import dispatch
 from aapo_fast.ops.linear_policy import autograd, sparse
+
+IMPLEMENTATIONS = [c.name for c in dispatch.survey(torch.device("cpu")) if c.available and c.name != "reference"]
 
 
 def test_a_new_objective_in_ten_lines():
@@ -302,3 +305,32 @@ def test_objectives_refuse_what_does_not_fit():
             af.linear_policy_loss(hidden, weight, targets, objective)
     with pytest.raises(ValueError, match="Regularized: num_tokens=0"):
         af.Regularized(af.SFT(4.0), 0)
+
+
+class SquaredAAPO(af.AAPO):
+    """Inherits a promise of being linear that it does not keep."""
+
+    def __call__(self, tokens):
+        return super().__call__(tokens) ** 2
+
+
+class MaskedAAPO(af.AAPO):
+    """Linear, and without a loss in every third row, whatever its sequence's weight."""
+
+    def active(self):
+        return torch.arange(self.sequence_index.numel()) % 3 > 0
+
+
+@pytest.mark.parametrize("all_logps", [True, False])
+@pytest.mark.parametrize("kind", [SquaredAAPO, MaskedAAPO])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_subclasses_of_linear_objectives(implementation, kind, all_logps):
+    advantages, index = sequences(21)
+    found = {}
+    for name in ("reference", implementation):
+        hidden, weight, targets, _ = problem(21, 8, 61, dtype=torch.float32)
+        objective = kind(advantages.float(), index, 21.0)
+        out = af.linear_policy_loss(hidden, weight, targets, objective, implementation=name, all_logps=all_logps)
+        out.loss.backward()
+        found[name] = out.loss.detach(), hidden.grad, weight.grad
+    assert all(relative(a, b) < 2e-6 for a, b in zip(found[implementation], found["reference"], strict=True))

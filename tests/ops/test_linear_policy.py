@@ -7,7 +7,7 @@ import torch
 from op_support import VARIANTS, objectives, problem, relative, run, sequences, variant_problem
 
 import aapo_fast as af
-from aapo_fast.ops.linear_policy import chunked
+from aapo_fast.ops.linear_policy import chunked, sizes
 
 SHAPES = [(1, 8, 11), (37, 16, 101), (64, 24, 257)]
 
@@ -16,7 +16,7 @@ SHAPES = [(1, 8, 11), (37, 16, 101), (64, 24, 257)]
 @pytest.mark.parametrize("variant", list(VARIANTS))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_torch_equals_reference_in_float64(shape, variant, name, monkeypatch):
-    monkeypatch.setattr(chunked, "CHUNK_BYTES", 7 * 8 * shape[2])  # seven rows a chunk: several, and a remainder
+    monkeypatch.setattr(sizes, "CHUNK_BYTES", 7 * 8 * shape[2])  # seven rows a chunk: several, and a remainder
     inputs, options = variant_problem(variant, *shape)
     objective = objectives(shape[0])[name]
     truth, true_grads = run("reference", inputs, objective, upstream=1.7, **options)
@@ -99,7 +99,7 @@ def test_token_ruled_out_by_an_infinite_bias():
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_logprobs_take_any_upstream_gradient(variant, monkeypatch):
-    monkeypatch.setattr(chunked, "CHUNK_BYTES", 7 * 8 * 101)
+    monkeypatch.setattr(sizes, "CHUNK_BYTES", 7 * 8 * 101)
     inputs, options = variant_problem(variant, 37, 16, 101)
     inputs[2][5] = -100
     g = torch.Generator().manual_seed(9)
@@ -168,7 +168,7 @@ def test_chunk_size_and_row_order_do_not_matter(monkeypatch):
     advantages, index = sequences(50)
     whole, grads = run("torch", inputs, af.AAPO(advantages, index, 50.0))
     order = torch.randperm(50, generator=torch.Generator().manual_seed(4))
-    monkeypatch.setattr(chunked, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(sizes, "CHUNK_BYTES", 1)
     hidden, weight, targets, _ = inputs
     shuffled = (hidden.detach()[order].requires_grad_(), weight, targets[order], None)
     other, other_grads = run("torch", shuffled, af.AAPO(advantages, index[order], 50.0))

@@ -8,7 +8,7 @@ from op_support import VARIANTS, objectives, problem, relative, run, variant_pro
 
 import aapo_fast as af
 from aapo_fast.ops import dispatch, native
-from aapo_fast.ops.linear_policy import chunked
+from aapo_fast.ops.linear_policy import sizes
 from aapo_fast.ops.linear_policy.rows_native import NativeRows
 from aapo_fast.ops.linear_policy.statistics import Transform, finish
 
@@ -153,7 +153,7 @@ def test_what_is_said_of_it(monkeypatch):
 
 @pytest.fixture
 def several_chunks(monkeypatch):
-    monkeypatch.setattr(chunked, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(sizes, "CHUNK_ROWS", 5)
 
 
 @pytest.mark.usefixtures("several_chunks")

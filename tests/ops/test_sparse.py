@@ -7,7 +7,7 @@ import torch
 from op_support import VARIANTS, objectives, problem, relative, run, sequences, variant_problem
 
 import aapo_fast as af
-from aapo_fast.ops.linear_policy import chunked, rows_torch, sparse, uniforms
+from aapo_fast.ops.linear_policy import chunked, rows_torch, sizes, sparse, uniforms
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def test_same_seed_same_gradient_whatever_the_chunks(monkeypatch):
     _, again = run("torch", inputs, af.AAPO(advantages, index, 50.0), **options)
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
     _, every = run("torch", inputs, af.AAPO(advantages, index, 50.0), all_logps=True, **options)
-    monkeypatch.setattr(chunked, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(sizes, "CHUNK_BYTES", 1)
     monkeypatch.setattr(chunked, "FLUSH_ENTRIES", 100)
     _, rows_alone = run("torch", inputs, af.AAPO(advantages, index, 50.0), **options)
     for a, b, c in zip(whole, every, rows_alone, strict=True):

@@ -6,7 +6,7 @@ from op_support import VARIANTS, objectives, problem, relative, run, sequences, 
 
 import aapo_fast as af
 from aapo_fast.ops import dispatch
-from aapo_fast.ops.linear_policy import chunked, sparse
+from aapo_fast.ops.linear_policy import sizes, sparse
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from aapo_fast.ops.linear_policy import sparse_triton
@@ -37,7 +37,7 @@ def on_device(objective):
 @pytest.mark.parametrize("name", list(objectives(4)))
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_as_accurate_as_float64_rounded_along_the_way(variant, name, monkeypatch):
-    monkeypatch.setattr(chunked, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(sizes, "CHUNK_ROWS", 5)
     inputs, options = variant_problem(variant, 13, 8, 101, dtype=torch.float32)
     objective = objectives(13)[name]
     truth, true_grads = run("reference", wide(inputs), objective, upstream=1.7, **options)
@@ -75,7 +75,7 @@ def test_sparse_rows_are_those_of_the_torch_implementation(variant, name, monkey
     """Same seed, same uniforms, same walk: a dust entry that stands on a rounding tie may move to its neighbour."""
     for module in (sparse, sparse_triton):
         monkeypatch.setattr(module, "DENSE_SHARE", 10.0)
-    monkeypatch.setattr(chunked, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(sizes, "CHUNK_ROWS", 5)
     inputs, options = variant_problem(variant, 9, 8, 401, dtype=torch.float32)
     options |= {"backward": "sparse", "sparsity_threshold": 2**-7, "seed": 5}
     objective = objectives(9)[name]

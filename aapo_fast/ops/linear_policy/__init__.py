@@ -87,10 +87,11 @@ def linear_policy_loss(
 
     Gradients reach ``hidden``, ``weight`` and ``bias``, each only if it requires one; they are computed here, in the
     forward, and handed out in the backward: call ``backward`` for each microbatch, since every loss holds its (V, H)
-    gradient until then, and evaluate under ``torch.no_grad()``, which saves two of the three products. There is no
-    second derivative. Statistics and weight gradients are kept in fp32 (fp64 for fp64 inputs) and rounded once, in the
-    backward, to the dtype of their tensor. Under autocast the products are computed from operands in its dtype, and the
-    gradients are still those of the tensors given, in their dtype.
+    gradient until then, and evaluate under ``torch.no_grad()``, which saves two of the three products. With
+    ``backward="sparse"`` on a GPU the weight's gradient is made in the backward, from ``hidden``, which has to be left
+    alone until then. There is no second derivative. Statistics and weight gradients are kept in fp32 (fp64 for fp64
+    inputs) and rounded once, in the backward, to the dtype of their tensor. Under autocast the products are computed
+    from operands in its dtype, and the gradients are still those of the tensors given, in their dtype.
 
     Args:
         hidden: (N, H) fp64, fp32, bf16 or fp16.

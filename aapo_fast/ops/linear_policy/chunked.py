@@ -4,7 +4,7 @@ A chunk is what one pair of gradient products takes; a panel of it is what one p
 is what the row kernels sweep while it is in cache. On the CPU panel and chunk are one, and gradient rows overwrite the
 logits; on a GPU gradient rows are narrower than logits and have a buffer of their own.
 
-Reading order: sizes; ``Call``, what is asked; ``Pass``, buffers and accumulators of a run over the rows. The runs
+Reading order: ``Call``, what is asked; ``Pass``, buffers and accumulators of a run over the rows. The runs
 themselves are in ``runs.py``.
 
 Letters: N rows of the call, M rows visited, C rows of a chunk or block, H hidden, V vocabulary of this shard.
@@ -12,7 +12,6 @@ Letters: N rows of the call, M rows visited, C rows of a chunk or block, H hidde
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,9 @@ from torch import Tensor
 from aapo_fast.objectives import LinearWeights
 from aapo_fast.ops.linear_policy import targets as at_targets
 from aapo_fast.ops.linear_policy.products import Products
-from aapo_fast.ops.linear_policy.rows_torch import TorchRows, even_parts
+from aapo_fast.ops.linear_policy.rows_torch import TorchRows
 from aapo_fast.ops.linear_policy.sharded import VocabularyShard
+from aapo_fast.ops.linear_policy.sizes import aligned, buffer_rows, gpu_budget
 from aapo_fast.ops.linear_policy.statistics import (
     Coefficients,
     Entries,
@@ -39,30 +39,13 @@ from aapo_fast.ops.linear_policy.statistics import (
     finish,
 )
 
-CHUNK_ROWS = 512
-CHUNK_BYTES = 384 * 2**20
-"""On the CPU a chunk has at most so many rows and its (C, V) buffer so many bytes. With fewer rows the products are
-slower (dW is read and written once a chunk), with more they are no faster: docs/LOG.md."""
-
-GPU_BUFFER_BYTES = 896 * 2**20
-"""On a GPU: all fp32 logits and bf16 gradient rows that exist at a time. Each chunk of gradient rows reads and writes
-dW once, 5 GB at (151936, 4096), so large chunks are quicker. Where the weight is larger than this, its size is what the
-buffers may have: dW comes in fp32 and is handed out as a copy in the weight's dtype, and they are gone by then."""
-
-BUFFER_VARIABLE = "AAPO_FAST_BUFFER_GIB"
-"""Of the environment: another size, for who has memory to spare. Gradients differ by the order of sums alone."""
-
-GPU_LOGIT_SHARE = 0.3
-"""Of that, for logits. Products of fewer than 512 rows are slower."""
-
-GPU_TILE_ROWS, GPU_WAVE_ROWS = 128, 1024
-"""Panels are whole tiles of the vendor's products. Chunks are of so many rows that the (C, H) tiles of dX fill the
-multiprocessors of a Hopper GPU whole times: at H = 4096 the products of 2,048 rows are a tenth quicker a row than those
-of 2,816 (docs/LOG.md)."""
-
 FLUSH_ENTRIES, GPU_FLUSH_ENTRIES = 4 * 2**20, 8 * 2**20
 """Sparse entries that are gathered before they are spent on the accumulators. On a GPU they are best never spent: with
 no dense rows beside them dW is made from them in the backward, in the weight's dtype and without an accumulator."""
+
+
+LONGEST_PAUSE = 63
+"""Blocks that are dense without a look, after several looks in vain: each time twice as many, up to so many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +71,6 @@ class Call:
     implementation: str
     drop_rows: bool
     autocast: torch.dtype | None
-
-
-LONGEST_PAUSE = 63
-"""Blocks that are dense without a look, after several looks in vain: each time twice as many, up to so many."""
 
 
 class Gradients(NamedTuple):
@@ -153,7 +132,8 @@ class Pass:
         self._d_hidden = zeros(hidden.shape) if wanted[0] else None
         self._d_weight: Tensor | None = None  # made when the first rows are spent on it, with what they make of it
         self._d_bias = zeros(weight.shape[:1]) if wanted[2] else None
-        self._target_products = zeros(hidden.shape[0])
+        self.no_weight = zeros(1)
+        self._target_products = zeros(hidden.shape[0] if self.transform.softcap is not None else 0)
         self._uniforms = numbers if call.threshold is None else self.kernels.uniforms(call.seed, numbers)
         self._dense_blocks: list[slice] = []
         self._in_flight: deque[_InFlight] = deque()
@@ -166,9 +146,11 @@ class Pass:
         self._in_place = narrow == self.dtype
         waits = self.call.threshold is not None and self.call.implementation == "triton" and not self._in_place
         num_panels = 2 if waits else 1
-        budget = gpu_budget(self.products.weight.nbytes) if device.type == "cuda" else 0
+        # Of what all shards have agreed on: ranks whose blocks differ in size would wait for each other for ever.
+        weight_bytes = columns * self.hidden.shape[1] * self.products.weight.itemsize
+        budget = gpu_budget(weight_bytes) if device.type == "cuda" else 0
         self.chunk_rows, self.panel_rows = buffer_rows(num_rows, columns, self.dtype, narrow, budget, num_panels)
-        self._logits = [_aligned(self.panel_rows, vocab, self.dtype, device) for _ in range(num_panels)]
+        self._logits = [aligned(self.panel_rows, vocab, self.dtype, device) for _ in range(num_panels)]
         self._gradient_rows: Tensor | None = None
         self._first_row = 0
 
@@ -196,14 +178,15 @@ class Pass:
         if self._gradient_rows is None:
             width, device = self._logits[0].shape[1], self.hidden.device
             narrow = self.products.gradient_dtype
-            made = self._logits[0] if self._in_place else _aligned(self.chunk_rows, width, narrow, device)
+            made = self._logits[0] if self._in_place else aligned(self.chunk_rows, width, narrow, device)
             self._gradient_rows = made
         return self._gradient_rows[rows.start - self._first_row : rows.stop - self._first_row]
 
     def sweep(self, rows: slice, products: Tensor) -> RowStatistics:
         """Sweep 1 of a block."""
         self._keep_target_products(rows, products)
-        partials = self.kernels.statistics(products, self.targets[rows], self.transform.of(rows))
+        given = (products, self.targets[rows], self.transform.of(rows))
+        partials = self.kernels.statistics(*given, sparse=self._tries_sparse())
         if self.call.shard is not None:
             return finish(self.call.shard.merged(partials))
         return self.kernels.finish(partials)
@@ -251,10 +234,12 @@ class Pass:
         entries = entries_of()
         if entries is not None:
             self._entries.append((rows, entries))
-            self._pause = 0
+            self._pause = self._blocks_to_pass_over = 0
             return
-        self._pause = min(2 * self._pause + 1, LONGEST_PAUSE) if self._pause else self.kernels.blocks_between_tries
-        self._blocks_to_pass_over = self._pause
+        if self._blocks_to_pass_over == 0:  # and not the neighbour, which was looked at before this was known
+            longer = min(2 * self._pause + 1, LONGEST_PAUSE)
+            self._pause = longer if self._pause else self.kernels.blocks_between_tries
+            self._blocks_to_pass_over = self._pause
         begun, late = self._first_row, rows.start < self._first_row
         if late:  # the last of the chunk before, whose place is still free: nothing of this chunk has landed yet
             self._first_row = rows.start
@@ -366,68 +351,6 @@ class Pass:
         if self._d_bias is not None:
             ones = value.new_ones(len(value), 1)
             self.kernels.add_targets_transposed_times(value, self.targets, ones, self._d_bias[:, None])
-
-
-def gpu_budget(weight_bytes: int) -> int:
-    """Bytes that the buffers of a pass may take on a GPU: ``GPU_BUFFER_BYTES``, or AAPO_FAST_BUFFER_GIB.
-
-    Raises:
-        ValueError: that is no positive number.
-    """
-    wish = os.environ.get(BUFFER_VARIABLE)
-    if wish is None:
-        return max(GPU_BUFFER_BYTES, weight_bytes)
-    try:
-        budget = int(float(wish) * 2**30)
-    except (ValueError, OverflowError):
-        budget = 0
-    if budget <= 0:
-        raise ValueError(f"{BUFFER_VARIABLE}={wish!r} is no positive number of GiB; unset it, or give one such as 2")
-    return budget
-
-
-def buffer_rows(
-    num_rows: int, vocab: int, dtype: torch.dtype, gradient_dtype: torch.dtype, budget: int = 0, num_panels: int = 1
-) -> tuple[int, int]:
-    """Rows of a chunk and of a panel: of the buffer of gradient rows and of the ``num_panels`` ones of logits. They are
-    one where gradient rows have the compute dtype, and so is the buffer.
-
-    Args:
-        budget: bytes of all buffers, on a GPU; 0 on a CPU.
-    """
-    row_bytes = vocab * dtype.itemsize
-    if not budget:
-        rows = even_parts(num_rows, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
-        return rows, rows
-    if gradient_dtype == dtype:
-        rows = _tiled_parts(num_rows, budget // row_bytes)
-        return rows, rows
-    panel = _whole(int(GPU_LOGIT_SHARE * budget) // row_bytes, 2 * GPU_TILE_ROWS)
-    rest = budget - num_panels * panel * row_bytes
-    chunk = _tiled_parts(num_rows, rest // (vocab * gradient_dtype.itemsize))
-    return chunk, min(panel, chunk)
-
-
-def _whole(rows: int, unit: int) -> int:
-    """At most ``rows``, in whole units where that leaves any, else in whole tiles, else as they are."""
-    for size in (unit, GPU_TILE_ROWS):
-        if rows >= size:
-            return rows // size * size
-    return max(1, rows)
-
-
-def _tiled_parts(num_rows: int, most: int) -> int:
-    """Rows a part: as few parts as ``most`` allows, of one size but for rounding up to whole units."""
-    most = _whole(most, GPU_WAVE_ROWS)
-    unit = GPU_WAVE_ROWS if most >= GPU_WAVE_ROWS else GPU_TILE_ROWS
-    even = even_parts(num_rows, most)
-    return max(1, min(most, num_rows, -(-even // unit) * unit))
-
-
-def _aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(rows, columns) whose rows start at multiples of 256 bytes on a GPU, for the vendor's fastest products."""
-    unit = 256 // dtype.itemsize if device.type == "cuda" else 1
-    return torch.empty(rows, -(-columns // unit) * unit, dtype=dtype, device=device)[:, :columns]
 
 
 def _row_kernels(call: Call, logits: Tensor, columns: int) -> RowKernels:

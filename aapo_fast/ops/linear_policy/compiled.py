@@ -98,11 +98,9 @@ def _describe(objective: Any, tensors: list[Tensor]) -> str | None:
     kind = type(objective)
     if not dataclasses.is_dataclass(objective) or "<locals>" in kind.__qualname__:
         return None
-    # A frozen one carries nothing but its fields (and torch 2.11 cannot trace a look into one made in the graph).
-    frozen = kind.__dataclass_params__.frozen
-    if not frozen and (
-        not hasattr(objective, "__dict__") or len(vars(objective)) != len(dataclasses.fields(objective))
-    ):
+    # Ours carry nothing but their fields; torch 2.11 cannot look into a frozen one that was made in the graph.
+    ours = kind.__module__ == "aapo_fast.objectives"
+    if not ours and (not hasattr(objective, "__dict__") or len(vars(objective)) != len(dataclasses.fields(objective))):
         return None
     fields = []
     for field in dataclasses.fields(objective):

@@ -43,8 +43,10 @@ _ZERO_BELOW = tl.constexpr(-150.0)
 
 @triton.jit
 def exp(x):
-    """exp of x <= 0 in fp32, to about an ulp. ``tl.exp`` is ``exp2(x log2 e)``: what the product rounds away makes it
-    wrong by x times that, 3e-7 at x = -10, where the digits of peaked rows are.
+    """exp in fp32, to about an ulp; zero below -150.
+
+    ``tl.exp`` is ``exp2(x log2 e)``: what the product rounds away makes it wrong by x times that, 3e-7 at x = -10,
+    where the digits of peaked rows are.
     """
     x = tl.maximum(x, _ZERO_BELOW, propagate_nan=tl.PropagateNan.ALL)  # of -inf the rest would be NaN
     power = x * _LOG2_E
@@ -148,7 +150,7 @@ def _sweep_1_in_tiles(
         row_max, total, weighted = _tiles_from(
             level, products, vocab, target, inner, outer, tile_mass, SOFTCAP, TILE, BLOCK
         )
-    down = tl.minimum((level - row_max).to(tl.float64), 600.0)
+    down = (level - row_max).to(tl.float64)
     factor = tl.exp(down)
     weighted = factor * (weighted + down * total)
     return row_max, (factor * total).to(tl.float32), weighted.to(tl.float32), level

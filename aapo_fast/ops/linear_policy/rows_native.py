@@ -58,9 +58,11 @@ class NativeRows:
         self._tiles = chunk.new_empty(self.block_rows, kept) if sparse else None
         self._found: tuple[Tensor, Tensor] | None = None
 
-    def statistics(self, products: Tensor, targets: Tensor, transform: Transform) -> Partials:
+    def statistics(self, products: Tensor, targets: Tensor, transform: Transform, sparse: bool = True) -> Partials:
         partials = products.new_empty(4, products.shape[0])
-        self._run.statistics(*_block(products, targets, transform), partials, self._tiles, self._level)
+        self._run.statistics(
+            *_block(products, targets, transform), partials, self._tiles if sparse else None, self._level
+        )
         return Partials(*partials)
 
     def finish(self, partials: Partials) -> RowStatistics:
@@ -127,7 +129,7 @@ class NativeRows:
         found = self._room(num_rows, min(products.shape[1], int(1 / threshold) + 2))
         self._run.sample_entries(*given, *found, starts[1:], self._level)
         starts.cumsum_(0)
-        row = torch.empty(int(starts[-1]), dtype=torch.int32)
+        row = torch.empty(int(starts[-1]), dtype=torch.int32, device="cpu")
         entries = Entries(row, torch.empty_like(row), torch.empty_like(row, dtype=torch.float32))
         self._run.pack_entries(*found, starts, *entries)
         return entries
@@ -135,7 +137,7 @@ class NativeRows:
     def _room(self, num_rows: int, capacity: int) -> tuple[Tensor, Tensor]:
         """(C, capacity) columns and values, the same memory for every block."""
         if self._found is None or self._found[0].shape[0] < num_rows or self._found[0].shape[1] != capacity:
-            columns = torch.empty(num_rows, capacity, dtype=torch.int32)
+            columns = torch.empty(num_rows, capacity, dtype=torch.int32, device="cpu")
             self._found = columns, torch.empty_like(columns, dtype=torch.float32)
         return self._found
 

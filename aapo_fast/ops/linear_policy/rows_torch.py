@@ -13,7 +13,7 @@ from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Partia
 from aapo_fast.ops.linear_policy.uniforms import row_uniforms
 
 BLOCK_BYTES = 8 * 2**20
-"""Size of a block on the CPU: two of them should fit the cache. On a GPU a block is the whole chunk."""
+"""Size of a block on the CPU: two of them should fit the cache. On a GPU a block is the whole panel."""
 
 LEFT_OUT = -1e30
 """Stands for a logit of minus infinity, without the NaN of 0 * inf."""
@@ -42,7 +42,7 @@ class TorchRows:
         self._row_max = chunk.new_empty(0)
         self._slopes: Tensor | None = None
 
-    def statistics(self, products: Tensor, targets: Tensor, transform: Transform) -> Partials:
+    def statistics(self, products: Tensor, targets: Tensor, transform: Transform, sparse: bool = True) -> Partials:
         if transform.softcap is not None:
             self._slopes = _slopes(products, transform, self._slopes)
         z = _logits_(products, transform)

@@ -34,10 +34,10 @@ from aapo_fast.ops.linear_policy.statistics import (
 
 
 class TritonRows:
-    """``RowKernels`` and ``OneLaunch`` for fp32 products on a GPU. A block is the whole chunk.
+    """``RowKernels`` and ``OneLaunch`` for fp32 products on a GPU. A block is the whole panel.
 
     Args:
-        chunk: the (C, V) buffer that blocks are views of.
+        chunk: a (C, V) buffer of logits, as blocks are views of.
         sparse: keep of each tile what ``sparse_gradient`` needs.
     """
 
@@ -50,15 +50,15 @@ class TritonRows:
         self._sparse = sparse
         self._tiles: Tiles | None = None
 
-    def statistics(self, products: Tensor, targets: Tensor, transform: Transform) -> Partials:
+    def statistics(self, products: Tensor, targets: Tensor, transform: Transform, sparse: bool = True) -> Partials:
         partials = products.new_empty(4, products.shape[0])
-        level, mass = partials, partials
-        if self._sparse:  # of this block alone: the one before may still wait to be spent
+        level, mass, keep = partials, partials, self._sparse and sparse
+        if keep:  # of this block alone: the one before may still wait to be spent
             mass = products.new_empty(products.shape[0], triton.cdiv(products.shape[1], TILE))
             level, mass = self._tiles = Tiles(products.new_empty(products.shape[0]), mass)
         launch(
             statistics_kernel, products, targets, transform, partials, products.shape[0], level, mass, mass.stride(0),
-            KEEP_TILES=self._sparse, TILE=TILE, BLOCK=TILED_BLOCK if self._sparse else BLOCK,
+            KEEP_TILES=keep, TILE=TILE, BLOCK=TILED_BLOCK if keep else BLOCK,
         )  # fmt: skip
         return Partials(*partials)
 

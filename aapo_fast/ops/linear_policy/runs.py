@@ -28,8 +28,7 @@ def policy_loss(work: Pass, objective: Objective, active: Tensor | None) -> tupl
     ``active`` (N,) says which rows have a loss; None is all that have a target.
     """
     counts = work.has_target if active is None else work.has_target & active[work.numbers]
-    linear = getattr(objective, "linear", None)
-    weights = None if linear is None else linear()
+    weights = _linear_weights(objective)
     if weights is None:
         stats, loss, wanted = _visit(work, objective, counts)
     else:
@@ -60,8 +59,11 @@ def _visit(work: Pass, objective: Objective, counts: Tensor) -> tuple[RowStatist
 
 def _visit_with_known_weights(work: Pass, linear: LinearWeights, counts: Tensor) -> RowStatistics:
     """Statistics of all rows, for a loss whose coefficients need none; both sweeps in one launch where that exists."""
-    linear = LinearWeights(linear.weights, linear.sequence_index[work.numbers])
-    wanted = Coefficients(linear.weights.to(work.dtype)[linear.sequence_index].where(counts, 0.0))
+    # One weight more, for rows that are not to count.
+    none = linear.weights.numel()
+    index = linear.sequence_index[work.numbers].where(counts, none)
+    linear = LinearWeights(torch.cat([linear.weights.to(work.dtype), work.no_weight]), index)
+    wanted = Coefficients(linear.weights[index])
     found: list[RowStatistics] = [no_rows(work.dtype, work.hidden.device)]
     for chunk in work.chunks():
         for rows, products in work.blocks(chunk):
@@ -73,6 +75,19 @@ def _visit_with_known_weights(work: Pass, linear: LinearWeights, counts: Tensor)
                 work.spend(rows, products, found[-1], wanted.of(rows))
         work.end_chunk()
     return joined(found)
+
+
+def _linear_weights(objective: Objective) -> LinearWeights | None:
+    """What ``linear()`` gives, unless a subclass has another loss than the class that promised a linear one."""
+    lines = type(objective).__mro__
+    promised, called = (
+        next((place for place, kind in enumerate(lines) if name in vars(kind)), len(lines))
+        for name in ("linear", "__call__")
+    )
+    if promised == len(lines) or called < promised:
+        return None
+    found: LinearWeights | None = objective.linear()  # type: ignore[attr-defined]
+    return found
 
 
 def _differentiate(

@@ -173,6 +173,9 @@ def emit_kernel(
             tl.store(entry_row + to, tl.zeros_like(column) + row.to(tl.int32), mask=fits)
             slot += tl.sum(kept, 0)
         stands += dust
+    # A step that falls on dust below the fixed point finds no entry. Its place keeps the order of the rows, with zero.
+    for left in range(slot, end):
+        tl.store(entry_row + left, row.to(tl.int32))
 
 
 @triton.jit
@@ -293,7 +296,7 @@ def _read_later(numbers: Tensor) -> Callable[[], list[float]]:
     """Numbers on the way to the host, which waits for what is queued by now, and not for what is queued later."""
     if not numbers.is_cuda:
         return numbers.tolist
-    room = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    room = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
     room.copy_(numbers, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(numbers.device))

@@ -119,10 +119,11 @@ class RowKernels(Protocol):
     blocks_between_tries: int
     """After a block that was too full for sparse rows: blocks that are dense without a look."""
 
-    def statistics(self, products: Tensor, targets: Tensor, transform: Transform) -> Partials:
+    def statistics(self, products: Tensor, targets: Tensor, transform: Transform, sparse: bool = True) -> Partials:
         """Sweep 1 over (C, V) raw products, which it may overwrite. A target of -1 is in no column of this shard.
 
-        One sweep of a block: what it leaves in ``products`` is for the methods below.
+        One sweep of a block: what it leaves in ``products`` is for the methods below. ``sparse``: whether
+        ``sparse_gradient`` may follow.
         """
 
     def finish(self, partials: Partials) -> RowStatistics:
@@ -130,7 +131,8 @@ class RowKernels(Protocol):
 
     def gradient(self, products: Tensor, targets: Tensor, rows: RowStatistics, wanted: Coefficients,
                  transform: Transform, out: Tensor) -> None:  # fmt: skip
-        """Sweep 2 over the block that ``statistics`` saw last: (C, V) d loss / d products into ``out``.
+        """Sweep 2: (C, V) d loss / d products into ``out``. Of the block that ``statistics`` saw last, or, for kernels
+        whose blocks wait for their entries (Triton's), of any whose products are still there.
 
         Zero at the target, whose entry is ``targets.gradient``. ``out`` is ``products`` itself, or a buffer in a
         narrower dtype.

@@ -1,0 +1,103 @@
+"""How many rows are visited at a time: of a chunk, and of a panel of it.
+
+Letters: N rows of the call, C rows of a chunk or panel, H hidden, V vocabulary of this shard.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from aapo_fast.ops.linear_policy.rows_torch import even_parts
+
+CHUNK_ROWS = 512
+CHUNK_BYTES = 384 * 2**20
+"""On the CPU a chunk has at most so many rows and its (C, V) buffer so many bytes. With fewer rows the products are
+slower (dW is read and written once a chunk), with more they are no faster: docs/LOG.md."""
+
+GPU_BUFFER_BYTES = 896 * 2**20
+"""On a GPU: all fp32 logits and bf16 gradient rows that exist at a time. Each chunk of gradient rows reads and writes
+dW once, 5 GB at (151936, 4096), so large chunks are quicker. Where the weight is larger than this, its size is what the
+buffers may have: dW comes in fp32 and is handed out as a copy in the weight's dtype, and they are gone by then."""
+
+BUFFER_VARIABLE = "AAPO_FAST_BUFFER_GIB"
+"""Of the environment: another size, for who has memory to spare. Gradients differ by the order of sums alone."""
+
+SMALLEST_BUFFER_GIB = 0.1
+
+GPU_LOGIT_SHARE = 0.3
+"""Of that, for one panel of logits: sparse rows have two. Products of fewer than 512 rows are slower."""
+
+GPU_TILE_ROWS, GPU_WAVE_ROWS = 128, 1024
+"""Panels are whole tiles of the vendor's products. Chunks are of so many rows that the (C, H) tiles of dX fill the
+multiprocessors of a Hopper GPU whole times: at H = 4096 the products of 2,048 rows are a tenth quicker a row than those
+of 2,816 (docs/LOG.md)."""
+
+
+def gpu_budget(weight_bytes: int) -> int:
+    """Bytes that the buffers of a pass may take on a GPU: ``GPU_BUFFER_BYTES`` or the weight's size, or what
+    AAPO_FAST_BUFFER_GIB says, which has to be the same on all ranks of a head in pieces.
+
+    Args:
+        weight_bytes: of the head's weight; of the largest shard, where its shards are unequal.
+
+    Raises:
+        ValueError: the variable holds no such number.
+    """
+    wish = os.environ.get(BUFFER_VARIABLE, "")
+    if not wish:
+        return max(GPU_BUFFER_BYTES, weight_bytes)
+    try:
+        gib = float(wish)
+    except ValueError:
+        gib = math.nan
+    if not SMALLEST_BUFFER_GIB <= gib < math.inf:
+        raise ValueError(f"{BUFFER_VARIABLE}={wish!r}: give a number of GiB from {SMALLEST_BUFFER_GIB} on, or unset it")
+    return int(gib * 2**30)
+
+
+def buffer_rows(
+    num_rows: int, vocab: int, dtype: torch.dtype, gradient_dtype: torch.dtype, budget: int = 0, num_panels: int = 1
+) -> tuple[int, int]:
+    """Rows of a chunk and of a panel: of the buffer of gradient rows and of the ``num_panels`` ones of logits. They are
+    one where gradient rows have the compute dtype, and so is the buffer.
+
+    Args:
+        budget: bytes of all buffers, on a GPU; 0 on a CPU.
+    """
+    row_bytes = vocab * dtype.itemsize
+    if not budget:
+        rows = even_parts(num_rows, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
+        return rows, rows
+    if gradient_dtype == dtype:
+        rows = _tiled_parts(num_rows, budget // row_bytes)
+        return rows, rows
+    panel = _whole(int(GPU_LOGIT_SHARE * budget) // row_bytes, 2 * GPU_TILE_ROWS)
+    rest = budget - num_panels * panel * row_bytes
+    chunk = _tiled_parts(num_rows, rest // (vocab * gradient_dtype.itemsize))
+    return chunk, min(panel, chunk)
+
+
+def _whole(rows: int, unit: int) -> int:
+    """At most ``rows``, in whole units where that leaves any, else in whole tiles, else as they are."""
+    for size in (unit, GPU_TILE_ROWS):
+        if rows >= size:
+            return rows // size * size
+    return max(1, rows)
+
+
+def _tiled_parts(num_rows: int, most: int) -> int:
+    """Rows a part: as few parts as ``most`` allows, of one size but for rounding up to whole units."""
+    most = _whole(most, GPU_WAVE_ROWS)
+    unit = GPU_WAVE_ROWS if most >= GPU_WAVE_ROWS else GPU_TILE_ROWS
+    even = even_parts(num_rows, most)
+    return max(1, min(most, num_rows, -(-even // unit) * unit))
+
+
+def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows, columns) whose rows start at multiples of 256 bytes on a GPU, for the vendor's fastest products."""
+    unit = 256 // dtype.itemsize if device.type == "cuda" else 1
+    return torch.empty(rows, -(-columns // unit) * unit, dtype=dtype, device=device)[:, :columns]
