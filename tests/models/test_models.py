@@ -59,7 +59,7 @@ def test_padded_and_packed_agree_in_any_order(family):
 
 @pytest.mark.parametrize("family", list(support.FAMILIES))
 def test_padded_and_packed_have_the_same_log_probabilities(family):
-    """Relative, the whole and the worst: in fp64, but for fp32 results, and what some families compute in fp32 inside."""
+    """Relative, of the whole and of the worst; fp64, but what some families compute inside and the results are fp32."""
     policy = make_policy(family)
     logps = []
     for policy.packed in (True, False):
