@@ -185,7 +185,9 @@ def _parser() -> argparse.ArgumentParser:
         help="what is installed, which implementation will run, and why not the others; what a config will take",
         epilog="Example: aapo-fast doctor --plan CONFIG.toml --gpu h200 --lora.rank 32; with --plan, options of train.",
     )
-    doctor.add_argument("--plan", type=Path, metavar="CONFIG.toml", help="memory and step time of a run, by arithmetic")
+    doctor.add_argument(
+        "--plan", type=Path, metavar="CONFIG.toml", help="memory and step time of a run on one device, by arithmetic"
+    )
     doctor.add_argument("--gpu", metavar="NAME", help="with --plan: a100, h100 (default) or h200")
     doctor.add_argument("--memory-gib", type=float, metavar="X", help="with --plan: of a GPU with another memory")
     quickstart = commands.add_parser(

@@ -25,7 +25,9 @@ Kind = Literal["arithmetic", "setting", "estimate"]
 Phase = Literal["always", "rollout", "training", "host"]
 
 TRAIN_EFFICIENCY = 0.5
-"""Assumed share of the nominal rate that a step's matrix products reach; not measured here."""
+"""Assumed share of the nominal rate that a step's matrix products reach; an H200's were 0.28 to 0.56, the larger the
+model (docs/scaling.md).
+"""
 DECODE_EFFICIENCY = 0.5
 """Assumed share of the memory bandwidth that generation reaches; not measured here."""
 HOST_BANDWIDTH, HOST_LINK = 100e9, 25e9

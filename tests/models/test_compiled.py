@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import os
 import random
+import shutil
 
 import pytest
 import ranks_support
@@ -96,6 +98,17 @@ def test_the_gradient_is_the_same_and_nothing_is_compiled_after_the_first_batch(
         numbers.add(counters["frames"]["ok"])
         assert len({len(policy.batch(s).packing) for s in batches()}) > 3
     assert len(numbers) == 1 and numbers.pop() <= 9
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+def test_the_gradient_is_the_same_by_inductors_own_code():
+    """The backend that a run has: layers become C++, forward and backward."""
+    model = make_model("llama")
+    compile_layers(model.model, CPU)
+    found = gradient(Policy(model, support.tokenizer(), 1.0), make_samples())
+    assert counters["frames"]["ok"] and counters["inductor"]
+    assert relative(found, gradient(Policy(make_model("llama"), support.tokenizer(), 1.0), make_samples())) < 1e-6
 
 
 @pytest.mark.usefixtures("traced")

@@ -57,6 +57,20 @@ def test_padded_and_packed_agree_in_any_order(family):
         assert relative(other, grads[0]) < 1e-6
 
 
+@pytest.mark.parametrize("family", list(support.FAMILIES))
+def test_padded_and_packed_have_the_same_log_probabilities(family):
+    """Relative, of the whole and of the worst; fp64, but what some families compute inside and the results are fp32."""
+    policy = make_policy(family)
+    logps = []
+    for policy.packed in (True, False):
+        batch = policy.batch(make_samples())
+        assert (batch.packing is not None) == policy.packed
+        logps.append(policy.logps(batch).double())
+    packed, padded = logps
+    assert packed.shape == padded.shape and relative(packed, padded) < 1e-6
+    assert ((packed - padded) / padded).abs().max() < 3e-6
+
+
 def test_packing_shares_prompts_and_leaves_last_tokens_out():
     samples = [Weighted(support.sample([1, 2, 3], c), 1.0) for c in ([4], [5, 6], [7, 8, 9])]
     samples.append(Weighted(support.sample([2, 2], [3]), -1.0))

@@ -47,26 +47,35 @@ def check_equal(one, other):
 
 
 def kill_often(forks, tree, folder, kills, ahead=False):
-    """Kill at moments of three kinds in turn; returns how many came about before the run ended."""
-    draw = random.Random(kills)
+    """Kill at moments of three kinds in turn; the exit codes of the runs that were to be killed.
+
+    What is left of the run is shared out among the kills that are left, so that none comes after its end: each is due
+    after its share of the steps at the latest, however quick the machine is.
+    """
+    draw, codes = random.Random(kills), []
     checkpoints = folder / "run" / "checkpoints"
     for number in range(kills):
+        done = max((int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*")), default=0)
+        share = (tree["train"]["steps"] - done) // (kills - number)
         fork, start = forks.start(tree, ahead), time.monotonic()
         delay, count = draw.uniform(0, 1.0), draw.randint(1, 3)
+
+        def steps(fork=fork):
+            return fork.output.count("\nstep ")
+
         moments = [
-            # anywhere, often while it is loading; but a fast machine must not be done by then
-            lambda f=fork, end=start + delay: time.monotonic() > end or f.output.count("\nstep ") >= 3,
-            lambda fork=fork, count=count: fork.output.count("\nstep ") >= count,  # within a step
+            lambda end=start + delay: time.monotonic() > end,  # anywhere, often while it is loading
+            lambda count=count, steps=steps: steps() >= count,  # within a step
             # while a checkpoint is written; what an earlier kill has left is gone when the model is loaded
             lambda fork=fork: "loading" in fork.output and any(checkpoints.glob(".unfinished-*")),
         ]
-        alive = fork.until(moments[number % 3])
-        time.sleep(draw.uniform(0, (0, 0.1, 0.02)[number % 3]))
-        if alive:
+        due = moments[number % 3]
+        if fork.until(lambda due=due, share=share, steps=steps: due() or steps() >= share):
+            end = time.monotonic() + draw.uniform(0, (0, 0.1, 0.02)[number % 3])
+            fork.until(lambda end=end, share=share, steps=steps: time.monotonic() > end or steps() >= share)
             fork.kill(signal.SIGKILL)
-        if fork.wait() == 0:
-            return number
-    return kills
+        codes.append(fork.wait())
+    return codes
 
 
 @pytest.mark.parametrize(
@@ -83,7 +92,7 @@ def test_killed_at_any_moment(forks, tmp_path, tiny_model, changes, kills):
     code, output = forks.run(make_tree(tmp_path / "alone", tiny_model, **changes), ahead)
     assert code == 0, output
     tree = make_tree(tmp_path / "killed", tiny_model, **changes)
-    assert kill_often(forks, tree, tmp_path / "killed", kills, ahead) >= 0.6 * kills
+    assert kill_often(forks, tree, tmp_path / "killed", kills, ahead) == kills * [-signal.SIGKILL]
     code, output = forks.run(tree, ahead)
     assert code == 0, output
     check_equal(tmp_path / "alone", tmp_path / "killed")
