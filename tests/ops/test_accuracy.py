@@ -193,7 +193,7 @@ def chunks_rounded_before_they_are_added(m):
 
 
 def with_other_partials(m, change):
-    wrap(m, rows_torch.TorchRows, "statistics", lambda real, *a: change(real(*a)))
+    wrap(m, rows_torch.TorchRows, "statistics", lambda real, *a, **k: change(real(*a, **k)))
 
 
 def maximum_started_at_zero(m):
