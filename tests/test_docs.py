@@ -42,7 +42,10 @@ def test_python_blocks_are_python(page):
         compile(block, str(page), "exec")
 
 
-INJECT = [f"trainer/test_{name}.py" for name in ("clock", "full_disk", "kills", "nonfinite")]
+INJECT = (
+    "rollout/test_vllm_faults.py",
+    *(f"trainer/test_{name}.py" for name in ("clock", "full_disk", "kills", "nonfinite")),
+)
 """Files all of whose tests are in the table of faults."""
 
 

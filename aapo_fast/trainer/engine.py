@@ -101,14 +101,22 @@ def engine_version(config: Config, device: torch.device) -> str:
 
 
 def max_logprob_gap(config: Config, device: torch.device) -> float:
-    """How far the engine's log-probabilities may be from the trainer's, in nats, on average over a step's tokens.
+    """How far the engine's log-probabilities may be from the trainer's, in nats, on average over the tokens compared.
 
-    Infinite where they differ by design: a model that samples for itself is not compared with itself, and below a
-    top-p of 1 the sampler's distribution is another one.
+    Infinite where a model samples for itself: it is not compared with itself. Which tokens: ``samples_are_compared``.
     """
-    if config.rollout.engine == "hf" or config.rollout.top_p < 1:
+    if config.rollout.engine == "hf":
         return math.inf
     return config.vllm.max_logprob_gap or LOGPROB_GAPS[engine_dtype(config.vllm.dtype, device)]
+
+
+def samples_are_compared(config: Config) -> bool:
+    """Whether the samples of every step can be compared with the policy that they train.
+
+    Not where they are of the weights before, nor below a top-p of 1, where log-probabilities are those of the nucleus:
+    there a few completions more are drawn after each sync and compared (``sampling.verify_engine``).
+    """
+    return not config.rollout.max_staleness and config.rollout.top_p == 1
 
 
 def _processes(config: Config, settings: EngineSettings, device: torch.device, folder: Path) -> list[ServerProcess]:

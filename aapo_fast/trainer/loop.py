@@ -18,7 +18,7 @@ from aapo_fast.models.load import save_model
 from aapo_fast.trainer.ahead import Rollouts
 from aapo_fast.trainer.curve import plot_run
 from aapo_fast.trainer.display import Display
-from aapo_fast.trainer.engine import max_logprob_gap
+from aapo_fast.trainer.engine import max_logprob_gap, samples_are_compared
 from aapo_fast.trainer.evaluate import Evaluation
 from aapo_fast.trainer.ranks import ONE, AnyRank, Ranks
 from aapo_fast.trainer.records import CURVE, MODEL, NONFINITE, SUMMARY, Clock
@@ -170,6 +170,7 @@ def train_step(run: Run, number: int, totals: Totals, rollouts: Rollouts) -> Non
     ]
     lr = learning_rate(number - 1, config.train)
     staleness = max(totals.updates - sample.weight_version for group in groups for sample in group.samples)
+    other = staleness > 0 or config.rollout.top_p < 1  # than the policy's, the log-probabilities of these samples
     with clock.phase("train"):
         rollouts.start(number + 1)
         run.engine.free_memory()
@@ -180,7 +181,7 @@ def train_step(run: Run, number: int, totals: Totals, rollouts: Rollouts) -> Non
             config.train,
             lr,
             seed=rollout_seed(config.run.seed, number, 2_000_000),
-            max_logprob_gap=math.inf if staleness else max_logprob_gap(config, run.policy.device),
+            max_logprob_gap=math.inf if other else max_logprob_gap(config, run.policy.device),
         )
     totals.steps = number
     totals.updates += result.updated
@@ -189,7 +190,7 @@ def train_step(run: Run, number: int, totals: Totals, rollouts: Rollouts) -> Non
             rollouts.wait()
             if result.updated:
                 run.engine.sync_weights(totals.updates)
-                if config.rollout.max_staleness:  # the samples of a step are older, and cannot be compared with it
+                if not samples_are_compared(config):
                     verify_engine(run, problems, number)
     finally:  # what was learned is recorded, whatever became of the engine
         totals.step_seconds += sum(clock.seconds.values())

@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from aapo_fast.advantages import pair_references
 from aapo_fast.data.packing import Weighted
@@ -75,6 +76,8 @@ def score(run: Run, groups: Sequence[Group], where: str) -> list[str]:
 def verify_engine(run: Run, problems: Sequence[Problem], step: int) -> None:
     """Draw a few completions, and compare the engine's log-probabilities with those of the policy as it is.
 
+    They are of the whole distribution, whatever ``rollout.top_p``: those of a nucleus are not the policy's.
+
     Raises:
         UserError: they are further apart than ``vllm.max_logprob_gap``.
     """
@@ -83,7 +86,8 @@ def verify_engine(run: Run, problems: Sequence[Problem], step: int) -> None:
         return
     few = problems[:VERIFY_PROBLEMS]
     seeds = [rollout_seed(run.config.run.seed, step, 3_000_000 + i) for i in range(len(few))]
-    drawn = run.engine.generate([p.prompt_ids for p in few], n=1, sampling=run.sampling, seeds=seeds)
+    sampling = replace(run.sampling, top_p=1.0)
+    drawn = run.engine.generate([p.prompt_ids for p in few], n=1, sampling=sampling, seeds=seeds)
     batch = run.policy.batch([Weighted(sample, 0.0) for samples in drawn for sample in samples])
     Mismatch.of([run.policy.logps(batch)], [batch.rollout_logps]).check(limit)
 

@@ -70,8 +70,29 @@ def test_weights_that_do_not_arrive_stop_the_run(tmp_path, tree, monkeypatch):
     assert len(records) >= 1 and (tmp_path / "run" / "model").exists()  # what was reached is kept
 
 
-def test_an_engine_that_holds_other_weights_is_seen_without_a_step(tree):
-    """What is done before the reference is drawn, and after a sync where samples are older than the policy."""
+def test_weights_that_do_not_arrive_stop_a_run_below_a_top_p_of_one(tmp_path, tree, monkeypatch):
+    """Its samples say nothing of the weights, so that a few more are drawn of the whole distribution."""
+    tree["rollout"]["top_p"] = 0.8
+    monkeypatch.setattr(local.LocalLLM, "load", lambda self, weights: None)
+    with pytest.raises(UserError, match=r"differ from the trainer's by .* nats on average"):
+        loop.train(config.parse(tree), Display(quiet=True))
+    records = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert 1 <= len(records) < 25 and records[-1]["updated"] and (tmp_path / "run" / "model").exists()
+
+
+def test_a_nucleus_is_no_gap(tmp_path, tree):
+    """Log-probabilities of a nucleus differ from the policy's by far more than the limit."""
+    tree["rollout"]["top_p"], tree["train"]["steps"] = 0.8, 3
+    assert loop.train(config.parse(tree), Display(quiet=True))["status"] == "finished"
+    records = read_lines(tmp_path / "run" / "metrics.jsonl")
+    trained = [r for r in records if r["updated"]]
+    assert len(records) == 3 and trained and all(r["rollout_mean_gap"] > 0.05 for r in trained)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_an_engine_that_holds_other_weights_is_seen_without_a_step(tree, top_p):
+    """What is done before the reference is drawn, and after a sync where no step's samples can be compared."""
+    tree["rollout"]["top_p"] = top_p
     with setup.prepare(config.parse(tree), Display(quiet=True)) as run:
         sampling.verify_engine(run, run.schedule[0], 0)
         vllm_support.move(run.policy.model)

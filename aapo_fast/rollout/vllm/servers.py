@@ -1,8 +1,8 @@
 """Rollouts by one or several vLLM servers: requests spread over them, weights synced into each, failures mended.
 
-A server fails when a request, a sync or a health check does. The requests that it had go to the others: seeds decide
-the completions, so none is lost, drawn otherwise or counted twice. A server that we started is started again and given
-the weights that the others hold. When nobody is left, the run stops and says what each did.
+A server fails when a request, a sync or its start does; in between nobody asks how it is. The requests that it had go
+to the others: seeds decide the completions, so none is lost, drawn otherwise or counted twice. A server that we started
+is started again and given the weights that the others hold. When nobody is left, the run stops and says what each did.
 
     requests    one queue; every server takes from it as fast as it can
     a sync      for each server: pause, load, reset the prefix cache, set the version, resume

@@ -43,60 +43,65 @@ class NCCLTransport(_GPUTransport):
         super().__init__()
         self._address, self._limit = address, time_limit_seconds
         self._senders: dict[ServerClient, Any] = {}
-        self._one_at_a_time = threading.Lock()
+        self._turn = threading.Lock()
 
     def check(self, client: ServerClient) -> None:
         """Any server that was started for it."""
 
     def load(self, client: ServerClient, name: str) -> None:
-        """Send to a paused server.
+        """Send to a paused server, in its turn: communicators that share a GPU wait for each other in any order.
 
         Raises:
             ServerError: it took too long or failed. The group is given up; the server has to be restarted.
         """
-        done: list[BaseException | None] = []
+        with self._turn:  # the limit is that of this transfer, without the wait for those before it
+            sender = self._senders.pop(client, None)
+            self._senders[client] = self._within_limit(client, sender, self._published[name])
+
+    def _within_limit(self, client: ServerClient, sender: Any, tensors: list[tuple[str, Tensor]]) -> Any:
+        """The sender that sent them: ``sender``, or a new one for None."""
+        used: list[Any] = []
+        failures: list[BaseException] = []
 
         def send() -> None:
             try:
-                with self._one_at_a_time:  # communicators that share a GPU wait for each other in any order
-                    device = self._published[name][0][1].device
-                    if device.type == "cuda":
-                        torch.cuda.set_device(device)
-                    sender = self._sender(client)
-                    sender.source.tensors = self._published[name]
-                    sender.send_weights()
-                    sender.source.tensors = []  # or they would outlive the next ones' publication
-                done.append(None)
+                used.append(self._send(client, sender, tensors))
             except BaseException as error:
-                done.append(error)
+                failures.append(error)
 
-        # NCCL waits for a peer that is gone for ever; a thread can be left behind.
+        # NCCL waits for a peer that is gone for ever, so a thread can be left behind. It holds no lock, and what it
+        # may still make is nobody's.
         thread = threading.Thread(target=send, daemon=True)
         thread.start()
         thread.join(self._limit)
-        if not done:
-            self._senders.pop(client, None)
+        if failures:
+            raise ServerError(f"{client.url}: weights could not be transferred: {failures[0]}") from failures[0]
+        if not used:
             raise ServerError(
                 f"{client.url}: weights were not transferred within {self._limit:g} s; restart the server"
             )
-        if done[0] is not None:
-            self._senders.pop(client, None)
-            raise ServerError(f"{client.url}: weights could not be transferred: {done[0]}") from done[0]
+        return used[0]
+
+    def _send(self, client: ServerClient, sender: Any, tensors: list[tuple[str, Tensor]]) -> Any:
+        device = tensors[0][1].device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread
+        sender = sender or self._new_sender(client)
+        sender.source.tensors = tensors
+        sender.send_weights()
+        sender.source.tensors = []  # or they would outlive the next ones' publication
+        return sender
 
     def close(self) -> None:
         for sender in self._senders.values():
             sender.shutdown()
 
-    def _sender(self, client: ServerClient) -> Any:
-        if client not in self._senders:
-            from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-            from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+    def _new_sender(self, client: ServerClient) -> Any:
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-            info = NCCLTrainerInitInfo(self._address, free_port(), client.world_size() + 1, rank=0)
-            self._senders[client] = WeightTransferTrainerFactory.trainer_init(
-                info, client=client, source=weight_source([])
-            )
-        return self._senders[client]
+        info = NCCLTrainerInitInfo(self._address, free_port(), client.world_size() + 1, rank=0)
+        return WeightTransferTrainerFactory.trainer_init(info, client=client, source=weight_source([]))
 
 
 class IPCTransport(_GPUTransport):
