@@ -11,6 +11,7 @@ says so in it, and every rank raises. With one rank nothing is told, and each is
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -169,6 +170,8 @@ def joined_ranks(config: Config) -> Iterator[Ranks]:
         return
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _end_unless_failing)
+        # A process that is ending ends by itself: raised in a callback at the exit, SystemExit would be a traceback.
+        atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
     store, rank, world = next(dist.rendezvous("env://", timeout=TIME_LIMIT))
     try:
         # What ranks tell each other is in the CPU's memory, so gloo is there beside NCCL.
