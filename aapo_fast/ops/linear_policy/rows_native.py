@@ -5,7 +5,6 @@ Letters: C rows of a block, V vocabulary, T tiles of a row, E entries.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,15 @@ from torch import Tensor
 from aapo_fast.ops import native
 from aapo_fast.ops.linear_policy import targets as at_targets
 from aapo_fast.ops.linear_policy.rows_torch import even_parts
-from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Partials, RowStatistics, Transform, finish
+from aapo_fast.ops.linear_policy.statistics import (
+    Coefficients,
+    Entries,
+    Partials,
+    RowStatistics,
+    Transform,
+    at_once,
+    finish,
+)
 from aapo_fast.ops.linear_policy.uniforms import row_uniforms
 
 BLOCK_BYTES = 16 * 2**20
@@ -92,20 +99,8 @@ class NativeRows:
     def uniforms(self, seed: int, rows: Tensor) -> Tensor:
         return row_uniforms(seed, rows)
 
+    @at_once
     def sparse_gradient(
-        self,
-        products: Tensor,
-        targets: Tensor,
-        rows: RowStatistics,
-        wanted: Coefficients,
-        transform: Transform,
-        threshold: float,
-        uniforms: Tensor,
-    ) -> Callable[[], Entries | None]:
-        entries = self._entries(products, targets, rows, wanted, transform, threshold, uniforms)
-        return lambda: entries
-
-    def _entries(
         self,
         products: Tensor,
         targets: Tensor,

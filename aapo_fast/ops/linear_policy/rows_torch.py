@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from aapo_fast.ops.linear_policy import sparse
 from aapo_fast.ops.linear_policy import targets as at_targets
-from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Partials, RowStatistics, Transform, finish
+from aapo_fast.ops.linear_policy.statistics import (
+    Coefficients,
+    Entries,
+    Partials,
+    RowStatistics,
+    Transform,
+    at_once,
+    finish,
+)
 from aapo_fast.ops.linear_policy.uniforms import row_uniforms
 
 BLOCK_BYTES = 8 * 2**20
@@ -87,20 +93,8 @@ class TorchRows:
     def uniforms(self, seed: int, rows: Tensor) -> Tensor:
         return row_uniforms(seed, rows)
 
+    @at_once
     def sparse_gradient(
-        self,
-        products: Tensor,
-        targets: Tensor,
-        rows: RowStatistics,
-        wanted: Coefficients,
-        transform: Transform,
-        threshold: float,
-        uniforms: Tensor,
-    ) -> Callable[[], Entries | None]:
-        entries = self._entries(products, targets, rows, wanted, transform, threshold, uniforms)
-        return lambda: entries
-
-    def _entries(
         self,
         products: Tensor,
         targets: Tensor,

@@ -12,9 +12,10 @@ Letters: C rows of a chunk or block, V vocabulary (of this shard).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, ParamSpec, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -161,6 +162,20 @@ class RowKernels(Protocol):
 
     def add_targets_transposed_times(self, value: Tensor, target: Tensor, hidden: Tensor, out: Tensor) -> None:
         """``out[target[t]] += value[t] * hidden[t]``: (M,) fp64 and (M, H) to (V, H), the same bits at every run."""
+
+
+_Given = ParamSpec("_Given")
+
+
+def at_once(entries_of: Callable[_Given, Entries | None]) -> Callable[_Given, Callable[[], Entries | None]]:
+    """``sparse_gradient`` from a method that makes its entries when it is called."""
+
+    @functools.wraps(entries_of)
+    def made(*given: _Given.args, **named: _Given.kwargs) -> Callable[[], Entries | None]:
+        entries = entries_of(*given, **named)
+        return lambda: entries
+
+    return made
 
 
 @runtime_checkable
