@@ -127,7 +127,7 @@ def main() -> None:
     ratios = [o["total"] / t for o, t in zip(ours, theirs, strict=True)]
     result = {
         "machine": machine.describe("transformers", "trl"),
-        "command": "python benchmarks/train_step.py",
+        "command": f"python benchmarks/train_step.py --rounds {arguments.rounds}",
         "work": f"SmolLM2-135M fp32, {PROMPTS} x {GROUP} completions of at most {MAX_TOKENS} tokens, dense reward",
         "trl_seconds": theirs,
         "ours": ours,
