@@ -41,7 +41,7 @@ def aapo_advantages(
         scale_rewards: divide by the group's standard deviation.
 
     Returns:
-        (B,) fp32.
+        (B,) fp32. Computed in float64, which MPS devices do not have, and rounded once.
 
     Raises:
         ValueError: shapes that do not fit, ``delta_low > delta_high``, an infinite reward (checked on the CPU only).

@@ -43,7 +43,6 @@ FLUSH_ENTRIES, GPU_FLUSH_ENTRIES = 4 * 2**20, 8 * 2**20
 """Sparse entries that are gathered before they are spent on the accumulators. On a GPU they are best never spent: with
 no dense rows beside them dW is made from them in the backward, in the weight's dtype and without an accumulator."""
 
-
 LONGEST_PAUSE = 63
 """Blocks that are dense without a look, after several looks in vain: each time twice as many, up to so many."""
 
