@@ -11,8 +11,6 @@ import support
 
 from aapo_fast.trainer.records import read_lines
 
-TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes")
-
 
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory):
@@ -35,7 +33,7 @@ def left_behind(folder):
     """Everything that two equal runs have in common: weights, and records without times."""
 
     def lines(name):
-        return [{k: v for k, v in r.items() if k not in TIMES} for r in read_lines(folder / "run" / name)]
+        return [{k: v for k, v in r.items() if k not in support.TIMES} for r in read_lines(folder / "run" / name)]
 
     records = {name: lines(name) for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")}
     return (folder / "run" / "model" / "model.safetensors").read_bytes(), records

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import ranks_support
+import support
 import torch
 from ranks_support import Raised, on_ranks, results
 from resume_support import make_tree, steps
@@ -22,7 +23,7 @@ from aapo_fast.types import UserError
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
 # The saving of shared prompts depends on where microbatches are cut, and who waits on how many ranks there are.
-TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes", "saved_token_share", "waiting_share")
+TIMES = (*support.TIMES, "saved_token_share", "waiting_share")
 BOUND = 1e-3
 """Of the way that float32 weights have come; see test_ranks.py."""
 
