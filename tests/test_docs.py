@@ -79,17 +79,19 @@ def test_the_pages_of_results_are_those_of_the_results(page, tmp_path):
 
 
 def test_the_page_on_vllm_has_the_figures_of_its_results():
-    """The tables are what `aapo-fast bench sync` printed; the sentence is of `benchmarks/quickstart.py`."""
+    """The tables are what `aapo-fast bench sync` printed; the sentences are of `benchmarks/quickstart.py`."""
     page = (ROOT / "docs" / "vllm.md").read_text()
-    cost, run = (
+    cost, run, other = (
         json.loads((ROOT / "benchmarks" / "results" / "cpu" / name).read_text())
-        for name in ("sync/sync.json", "quickstart_vllm.json")
+        for name in ("sync/sync.json", "quickstart_vllm.json", "quickstart_hf.json")
     )
     assert sync.table(cost) in page
     sentence = (
         f"held-out accuracy from {run['accuracy_before']:.2f} to {run['accuracy_after']:.2f} in {run['steps']} steps "
         f"and {run['wall_seconds'] / 60:.1f} minutes, {run['generation_tokens_per_second']:.0f} tokens a second of "
         f"generation and {run['syncs']} syncs of {run['sync_seconds']:.2f} s (medians), and the largest mean gap of a "
-        f"step {run['largest_mean_gap']:.1e} nats"
+        f"step {run['largest_mean_gap']:.1e} nats. On the Hugging Face engine: from {other['accuracy_before']:.2f} to "
+        f"{other['accuracy_after']:.2f} in {other['wall_seconds'] / 60:.1f} minutes, "
+        f"{other['generation_tokens_per_second']:.0f} tokens a second"
     )
     assert sentence in " ".join(page.split())

@@ -111,14 +111,15 @@ def measure(path: str, rounds: int, output: Path, command: str) -> dict[str, Any
             syncs.append(bench.of_engine("in process", engine))
             syncs.append(bench.seconds("in process, disk", lambda number: _through_checkpoint(engine, Path(disk))))
         process = _process(settings, output, "file")
-        with contextlib.ExitStack() as stack:
-            stack.callback(process.stop)
+        try:
             client = process.start(LIMIT_SECONDS)
             for name, parent in (("memory", SHARED_MEMORY), ("disk", Path(disk))):
                 with _engine(bench, Server(client, None), FolderTransport.within(parent)) as servers:
                     if name == "memory":
                         throughputs.append(bench.throughput("vllm, server", servers))
                     syncs.append(bench.of_engine(f"server, {name}", servers))
+        finally:
+            process.stop()
         syncs.append(_by_ipc(bench, _process(replace(settings, weight_transfer="ipc"), output, "ipc")))
         syncs.append(_adapter_alone(bench, _process(replace(settings, lora_rank=LORA_RANK), output, "adapter")))
     result = {

@@ -122,20 +122,21 @@ def test_the_reference_stays_frozen(engine):
 
 
 def test_both_servers_work(engine):
-    engine._width = 2
-    for server in engine._servers:
-        everything(over(engine, server))  # its first long completions wait for kernels to be compiled
-    asked = {server.name: 0 for server in engine._servers}
+    """Nobody is answered until all is asked: else the quicker one gets more, and one may still compile its kernels."""
+    asked, lock, all_asked = {server.name: 0 for server in engine._servers}, threading.Lock(), threading.Event()
     for server in engine._servers:
         complete = server.client.complete
 
         def counted(*arguments, name=server.name, complete=complete):
-            asked[name] += 1
+            with lock:
+                asked[name] += 1
+            if sum(asked.values()) == len(MANY):
+                all_asked.set()
+            assert all_asked.wait(60)
             return complete(*arguments)
 
         server.client.complete = counted
     everything(engine)
-    engine._width = 32
     assert sum(asked.values()) == len(MANY) and min(asked.values()) > len(MANY) // 4
 
 
