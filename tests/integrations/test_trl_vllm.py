@@ -5,11 +5,16 @@ in the place of oneDNN's (``_supports_onednn``) they stay where they are, as on 
 """
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
+import trl_support
 import vllm_support
 from trl import GRPOConfig, GRPOTrainer
 from trl_support import PROMPTS, gradient, microbatch, relative
@@ -26,7 +31,7 @@ from trl_vllm_support import (
     greedy,
     make,
     move,
-)  # fmt: skip
+)
 
 from aapo_fast.integrations.trl import fuse
 from aapo_fast.types import UserError
@@ -134,6 +139,19 @@ def test_a_run_of_an_adapter_is_resumed(tmp_path, folder):
     resumed = make(tmp_path, folder, **changes | {"max_steps": 4})
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.state.global_step == 4
+
+
+def test_two_ranks(tmp_path, folder):
+    """Data parallelism, an engine a rank."""
+    tests = Path(trl_support.__file__).parent
+    path = os.pathsep.join([os.environ["PYTHONPATH"], str(tests), str(tests.parent)])
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(tests / "trl_vllm_ranks.py"), str(tmp_path), str(folder)],
+        env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    assert result.stdout.count("both engines") == 2
 
 
 # --- TRL's correction of what the engine samples ----------------------------------------------------------------------

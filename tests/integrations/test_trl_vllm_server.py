@@ -27,7 +27,7 @@ from trl_vllm_support import (
     greedy,
     make,
     move,
-)  # fmt: skip
+)
 
 if FOUND != VLLM:
     pytest.skip(WHY_SKIPPED, allow_module_level=True)
