@@ -8,8 +8,8 @@ Floors are PyTorch's own loops over the same data, and the larger of the two cou
 - arithmetic: as many exponentials as the kernel needs over an array that stays in a cache, by `torch.exp` or by our own
   exp, whichever is quicker. The sweeps compute one a logit each, both sweeps in one launch two.
 Of sparse rows: reading the tile sums, then gathering the tiles that hold an entry, with one exponential for each of
-their numbers. Of sparse products: a dot product of as many numbers as there
-are multiply-adds, from the second cache (two reads each, as the kernel's source row and sum).
+their numbers. Of sparse products: a dot product of as many numbers as there are multiply-adds, from the second cache
+(two reads each, as the kernel's source row and sum), or one gather of the rows of W, or dW, that have an entry.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 
 from aapo_fast.bench import inputs, machine, shapes
 from aapo_fast.ops import native
+from aapo_fast.ops.linear_policy import memory
 from aapo_fast.ops.linear_policy.rows_native import TILE, NativeRows
 from aapo_fast.ops.linear_policy.rows_torch import even_parts
 from aapo_fast.ops.linear_policy.sizes import CHUNK_BYTES, CHUNK_ROWS
@@ -48,7 +49,7 @@ class Chunk:
         self.hidden, self.weight = self.problem.hidden.detach()[:rows], self.problem.weight.detach()
         self.targets, self.weights = self.problem.targets[:rows], self.problem.token_weights[:rows]
         self.products = self.hidden @ self.weight.t()
-        self.logits = self.products.clone()
+        self.logits = memory.aligned(*self.products.shape, torch.float32, self.products.device).copy_(self.products)
         self.kernels = NativeRows(self.logits, sparse=True)
         self.plain = NativeRows(self.logits)
         self.uniforms = row_uniforms(0, torch.arange(rows))
@@ -56,7 +57,8 @@ class Chunk:
         self.blocks = [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
         self.stats = [finish(self.sweep_1(block)) for block in self.blocks]
         self.entries = self.all_entries()
-        self.d_hidden, self.d_weight = torch.zeros_like(self.hidden), torch.zeros_like(self.weight)
+        self.d_hidden = torch.zeros_like(self.hidden)
+        self.d_weight = memory.zeros(self.weight.shape, torch.float32, self.weight.device)
 
     def sweep_1(self, block: slice, keep: bool = True):
         kernels = self.kernels if keep else self.plain
@@ -144,6 +146,8 @@ class Floors:
         self.small = -torch.rand(FIRST_CACHE)
         self.small_out = torch.empty_like(self.small)
         self.pair = torch.rand(2, SECOND_CACHE // 2)
+        self.columns = chunk.entries.column.long().unique()
+        self.rows = torch.empty(len(self.columns), chunk.hidden.shape[1])
 
     def exponentials(self, count: int) -> float:
         """Seconds of the quicker one."""
@@ -168,6 +172,8 @@ class Floors:
             "tiles": timed(lambda: torch.index_select(self.as_tiles, 0, self.opened, out=self.gathered)),
             "exponentials of tiles": self.exponentials(self.gathered.numel()),
             "multiply-adds": timed(self.multiply_adds(work)),
+            "rows of W": timed(lambda: torch.index_select(c.weight, 0, self.columns, out=self.rows)),
+            "rows of dW": timed(lambda: torch.index_select(c.d_weight, 0, self.columns, out=self.rows)),
         }
 
 
@@ -180,8 +186,8 @@ def floor_of(kernel: str, floor: dict[str, float]) -> float:
         "sweep 2": max(floor["read and write"], floor["exponentials"]),
         "both sweeps": max(floor["read and write"], 2 * floor["exponentials"]),
         "sparse: sample": floor["tile sums"] + opened,
-        "sparse dX": floor["multiply-adds"],
-        "sparse dW": floor["multiply-adds"],
+        "sparse dX": max(floor["multiply-adds"], floor["rows of W"]),
+        "sparse dW": max(floor["multiply-adds"], floor["rows of dW"]),
     }[kernel]
 
 

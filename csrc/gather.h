@@ -47,14 +47,15 @@ template <class Number> AAPO_INLINE Floats load_some(const Number *p, int64_t n)
   return Number::load(padded);
 }
 
-// out += the sum of COUNT entries; `next` are the source rows that follow, to be fetched meanwhile.
+// out += the sum of COUNT entries; `next` are the source rows that follow and `next_out` the sum, to be fetched meanwhile.
 template <class Number, int64_t COUNT>
 AAPO_INLINE void add_group(float *out, int64_t width, const Number *const *source, const float *value,
-                           const Number *const *next) {
+                           const Number *const *next, const float *next_out) {
   int64_t i = 0;
   for (; i + LINE <= width; i += LINE) {
     for (int64_t k = 0; k < COUNT; ++k)
       __builtin_prefetch(next[k] + i);
+    __builtin_prefetch(next_out + i);
     for (int64_t j = i; j < i + LINE; j += WIDTH) {
       Floats sum = aapo_fast::load(out + j);
       for (int64_t k = 0; k < COUNT; ++k)
@@ -74,8 +75,11 @@ AAPO_INLINE void add_group(float *out, int64_t width, const Number *const *sourc
 template <class Number> void add_segments(const Gather &g, int64_t begin, int64_t end) {
   const Number *source = static_cast<const Number *>(g.source);
   const int64_t last = g.starts[end] - 1;
-  for (int64_t segment = begin; segment < end; ++segment) {
+  for (int64_t segment = begin, following; segment < end; segment = following) {
+    for (following = segment + 1; following < end && g.starts[following] == g.starts[following + 1];)
+      ++following;
     float *out = g.out + segment * g.out_stride;
+    const float *next_out = following < end ? g.out + following * g.out_stride : out;
     int64_t e = g.starts[segment];
     for (; e < g.starts[segment + 1];) {
       const bool full = e + GROUP <= g.starts[segment + 1];
@@ -86,9 +90,9 @@ template <class Number> void add_segments(const Gather &g, int64_t begin, int64_
         next[k] = source + g.index[least(e + count + k, last)] * g.source_stride;
       }
       if (full)
-        add_group<Number, GROUP>(out, g.width, now, g.value + e, next);
+        add_group<Number, GROUP>(out, g.width, now, g.value + e, next, next_out);
       else
-        add_group<Number, 1>(out, g.width, now, g.value + e, next);
+        add_group<Number, 1>(out, g.width, now, g.value + e, next, next_out);
       e += count;
     }
   }

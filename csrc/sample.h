@@ -18,7 +18,7 @@ constexpr int64_t ONE = int64_t(1) << FRACTION;
 constexpr double LONGEST = 2.0 * TILE * ONE; // no tile's dust is as long
 constexpr int64_t TILES_A_PANEL = PANEL / TILE;
 constexpr int64_t STRETCH = 64 * TILES_A_PANEL; // tiles that are listed together
-constexpr int64_t AHEAD = 4;                    // tiles that are fetched before they are opened
+constexpr int64_t AHEAD = 16;                    // tiles that are fetched before they are opened
 
 inline int64_t whole(int64_t stands) { return stands >> FRACTION; }
 
@@ -58,9 +58,10 @@ struct Walk {
 
   int64_t num_tiles() const { return (vocab + TILE - 1) / TILE; }
 
-  // What one in the sums of sweep 1 is as a probability, in a panel.
-  float share(int64_t panel) const {
-    return exp(all(tiles.level[panel] - wanted.row_max))[0] * wanted.inverse;
+  // What one in the sums of sweep 1 is as a probability, in each panel from `first` on; up to WIDTH of them.
+  void shares(int64_t first, float *to) const {
+    const int64_t n = least(WIDTH, (num_tiles() + TILES_A_PANEL - 1) / TILES_A_PANEL - first);
+    store(to, exp(load(tiles.level + first, n) - wanted.row_max) * wanted.inverse);
   }
 
   // Something depends on the row, and its statistics are neither NaN nor infinite.
@@ -122,20 +123,19 @@ inline void sample_tile(Walk &walk, int64_t tile, bool heavy, int64_t before, in
   OpenTile open(walk, tile, heavy);
   for (; open.exact != 0; open.exact &= open.exact - 1)
     open.p[__builtin_ctzll(open.exact)] = 0;
-  double running[GROUPS + 1] = {0}; // where groups of entries begin and end
-  for (int64_t group = 0; group < GROUPS; ++group)
-    running[group + 1] = running[group] + sum(load(open.p + group * WIDTH));
+  Floats running[GROUPS]; // sums up to and with each entry
+  float total = 0;
+  for (int64_t group = 0; group < GROUPS; ++group) {
+    running[group] = running_sum(load(open.p + group * WIDTH)) + total;
+    total = running[group][WIDTH - 1];
+  }
   int64_t after = -1; // the entry of the last step
   for (int64_t step = whole(before) + 1; step <= whole(before + length); ++step) {
-    const double until = double(step * ONE - before) / double(length) * running[GROUPS];
-    // The group, and then the entry, with which the sum gets there: by counting, since no branch could be predicted.
-    int64_t group = 0;
-    for (int64_t next = 1; next < GROUPS; ++next)
-      group += running[next] < until;
-    double sum = running[group];
-    int64_t i = group * WIDTH;
-    for (int64_t lane = 0; lane < WIDTH; ++lane)
-      i += (sum += open.p[group * WIDTH + lane]) < until;
+    // The entry with which the sum gets there: by counting, since no branch could be predicted.
+    const float until = float(double(step * ONE - before) / double(length)) * total;
+    int64_t i = 0;
+    for (int64_t group = 0; group < GROUPS; ++group)
+      i += __builtin_popcount(lanes_of((Bits)(running[group] < until)));
     i = least(i, TILE - 1);
     while (i > 0 && open.p[i] <= 0)
       --i;
@@ -158,16 +158,21 @@ struct Stretch {
 
   // Lengths of light tiles, and which are heavy.
   void measure() {
+    alignas(64) float shares[WIDTH];
     for (int64_t panel = first; panel < end; panel += TILES_A_PANEL) {
-      const float share = walk.share(panel / TILES_A_PANEL);
+      if (panel % (WIDTH * TILES_A_PANEL) == 0)
+        walk.shares(panel / TILES_A_PANEL, shares);
+      const float share = shares[panel / TILES_A_PANEL % WIDTH];
       const double units = share * walk.units;
       const Floats reaches = all(walk.threshold / share);
       const int64_t stop = least(panel + TILES_A_PANEL, end);
       for (int64_t tile = panel; tile < stop; tile += WIDTH) {
         const int64_t n = least(WIDTH, stop - tile), at = tile - first;
-        for (int64_t i = 0; i < n; ++i) {
-          const double dust = walk.tiles.mass[tile + i] * units;
-          length[at + i] = int64_t(dust < LONGEST ? dust : LONGEST); // heavy tiles are measured when they are open
+        alignas(64) float mass[WIDTH];
+        store(mass, load(walk.tiles.mass + tile, n));
+        for (int64_t i = 0; i < WIDTH; i += LONGS) { // beyond the last tile there is room, and no length
+          const Doubles dust = load_doubles(mass + i) * units;
+          store(length + at + i, to_longs(dust < LONGEST ? dust : all(LONGEST))); // of heavy tiles measured later
         }
         heavy[at / 64] |= uint64_t(lanes_of((Bits)(load(walk.tiles.peak + tile, n) >= reaches))) << at % 64;
       }
@@ -188,19 +193,14 @@ struct Stretch {
 
   // Dust entries.
   void keep_sample() {
-    alignas(64) int32_t number[STRETCH + WIDTH];
-    const int64_t num_tiles = end - first;
-    int64_t stands = walk.stands;
-    for (int64_t i = 0; i < num_tiles; ++i) {
-      before[i] = stands;
-      number[i] = int32_t(whole(stands));
-      stands += length[i];
+    Longs stands = all(walk.stands);
+    for (int64_t i = 0; i < end - first; i += LONGS) {
+      const Longs own = load(length + i), sums = running_sum(own), after = stands + sums, from = after - own;
+      store(before + i, from);
+      steps[i / 64] |= uint64_t(lanes_of((LongBits)((from ^ after) >= ONE))) << i % 64;
+      stands += all(sums[LONGS - 1]);
     }
-    walk.stands = stands;
-    for (int64_t i = num_tiles; i < num_tiles + WIDTH; ++i)
-      number[i] = int32_t(whole(stands));
-    for (int64_t i = 0; i < num_tiles; i += WIDTH)
-      steps[i / 64] |= uint64_t(lanes_of((Bits)(load(number + i) != load(number + i + 1)))) << i % 64;
+    walk.stands = stands[0];
     over(steps, [this](int64_t tile) {
       const int64_t i = tile - first;
       sample_tile(walk, tile, heavy[i / 64] >> i % 64 & 1, before[i], length[i]);
@@ -257,8 +257,11 @@ inline int64_t sample_row(Walk &walk) {
 // that largest entry, the one whose other entries are as large or zero counts least.)
 inline double at_least(const Walk &walk) {
   double total = 0;
+  alignas(64) float shares[WIDTH];
   for (int64_t panel = 0; walk.walkable() && panel < walk.num_tiles(); panel += TILES_A_PANEL) {
-    const float share = walk.share(panel / TILES_A_PANEL);
+    if (panel % (WIDTH * TILES_A_PANEL) == 0)
+      walk.shares(panel / TILES_A_PANEL, shares);
+    const float share = shares[panel / TILES_A_PANEL % WIDTH];
     const Floats reaches = all(walk.threshold / share);
     Floats entries{};
     const int64_t stop = least(panel + TILES_A_PANEL, walk.num_tiles());

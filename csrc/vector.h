@@ -33,6 +33,10 @@ typedef float Floats __attribute__((vector_size(4 * AAPO_WIDTH)));
 typedef uint32_t Bits __attribute__((vector_size(4 * AAPO_WIDTH)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * AAPO_WIDTH)));
 typedef int32_t Ints __attribute__((vector_size(4 * AAPO_WIDTH)));
+typedef int64_t Longs __attribute__((vector_size(4 * AAPO_WIDTH)));
+typedef uint64_t LongBits __attribute__((vector_size(4 * AAPO_WIDTH)));
+typedef double Doubles __attribute__((vector_size(4 * AAPO_WIDTH)));
+constexpr int64_t LONGS = AAPO_WIDTH / 2;
 
 AAPO_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -52,6 +56,16 @@ AAPO_INLINE Ints load(const int32_t *p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
+
+AAPO_INLINE Longs all(int64_t x) { return x - Longs{}; }
+
+AAPO_INLINE Longs load(const int64_t *p) {
+  Longs v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+AAPO_INLINE void store(int64_t *p, Longs v) { memcpy(p, &v, sizeof v); }
 
 AAPO_INLINE void store(float *p, Floats v) { memcpy(p, &v, sizeof v); }
 
@@ -112,6 +126,64 @@ AAPO_INLINE uint32_t lanes_of(Bits holds) {
     lanes |= (holds[lane] & 1) << lane;
   return lanes;
 #endif
+}
+
+AAPO_INLINE uint32_t lanes_of(LongBits holds) {
+#if AAPO_WIDTH == 16 && defined(__AVX512DQ__)
+  return uint32_t(_mm512_movepi64_mask((__m512i)holds));
+#elif AAPO_WIDTH == 8 && defined(__AVX2__)
+  return uint32_t(_mm256_movemask_pd((__m256d)holds));
+#else
+  uint32_t lanes = 0;
+  for (int64_t lane = 0; lane < LONGS; ++lane)
+    lanes |= uint32_t(holds[lane] & 1) << lane;
+  return lanes;
+#endif
+}
+
+// Lane i: the sum of the first i + 1 lanes.
+AAPO_INLINE Longs running_sum(Longs v) {
+  const Longs none{};
+#if AAPO_WIDTH == 16
+  v += __builtin_shufflevector(none, v, 0, 8, 9, 10, 11, 12, 13, 14);
+  v += __builtin_shufflevector(none, v, 0, 0, 8, 9, 10, 11, 12, 13);
+  v += __builtin_shufflevector(none, v, 0, 0, 0, 0, 8, 9, 10, 11);
+#elif AAPO_WIDTH == 8
+  v += __builtin_shufflevector(none, v, 0, 4, 5, 6);
+  v += __builtin_shufflevector(none, v, 0, 0, 4, 5);
+#else
+  v += __builtin_shufflevector(none, v, 0, 2);
+#endif
+  return v;
+}
+
+AAPO_INLINE Doubles all(double x) { return x - Doubles{}; }
+
+// LONGS numbers from memory as double.
+AAPO_INLINE Doubles load_doubles(const float *p) {
+  typename Lanes<LONGS>::type v;
+  memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, Doubles);
+}
+
+AAPO_INLINE Longs to_longs(Doubles v) { return __builtin_convertvector(v, Longs); }
+
+AAPO_INLINE Floats running_sum(Floats v) {
+  const Floats none{};
+#if AAPO_WIDTH == 16
+  v += __builtin_shufflevector(none, v, 0, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30);
+  v += __builtin_shufflevector(none, v, 0, 0, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29);
+  v += __builtin_shufflevector(none, v, 0, 0, 0, 0, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27);
+  v += __builtin_shufflevector(none, v, 0, 0, 0, 0, 0, 0, 0, 0, 16, 17, 18, 19, 20, 21, 22, 23);
+#elif AAPO_WIDTH == 8
+  v += __builtin_shufflevector(none, v, 0, 8, 9, 10, 11, 12, 13, 14);
+  v += __builtin_shufflevector(none, v, 0, 0, 8, 9, 10, 11, 12, 13);
+  v += __builtin_shufflevector(none, v, 0, 0, 0, 0, 8, 9, 10, 11);
+#else
+  v += __builtin_shufflevector(none, v, 0, 4, 5, 6);
+  v += __builtin_shufflevector(none, v, 0, 0, 4, 5);
+#endif
+  return v;
 }
 
 // Sum and maximum of all lanes, by halves.

@@ -9,7 +9,6 @@ import math
 import os
 
 import torch
-from torch import Tensor
 
 from aapo_fast.ops.linear_policy.rows_torch import even_parts
 
@@ -95,9 +94,3 @@ def _tiled_parts(num_rows: int, most: int) -> int:
     unit = GPU_WAVE_ROWS if most >= GPU_WAVE_ROWS else GPU_TILE_ROWS
     even = even_parts(num_rows, most)
     return max(1, min(most, num_rows, -(-even // unit) * unit))
-
-
-def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(rows, columns) whose rows start at multiples of 256 bytes on a GPU, for the vendor's fastest products."""
-    unit = 256 // dtype.itemsize if device.type == "cuda" else 1
-    return torch.empty(rows, -(-columns // unit) * unit, dtype=dtype, device=device)[:, :columns]
