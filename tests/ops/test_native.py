@@ -1,5 +1,9 @@
 """The native extension: levels, threads, operators, loading, and the whole pass on its row kernels."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import accuracy
 import pytest
 import torch
@@ -35,6 +39,24 @@ def everything(vocab=3001):
     kernels.add_transposed_times(entries, torch.randn(20, 24, generator=g), dw)
     kernels.gradient(products, targets, rows, wanted, Transform(0.9), products)
     return [rows.logps[:-1], *rows[1:], products, dx, dw]
+
+
+THREADS = """
+import os, sys, torch
+torch.set_num_threads(int(sys.argv[1]))
+from aapo_fast.ops import native
+x = torch.empty(1 << 22)  # filling it would start PyTorch's threads
+before = len(os.listdir("/proc/self/task"))
+native.operators().exp(x, torch.empty_like(x), native.level())
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system does not list its threads")
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_as_many_threads_as_pytorch_is_told(threads):
+    said = subprocess.run([sys.executable, "-c", THREADS, str(threads)], capture_output=True, text=True, check=True)
+    assert int(said.stdout) == threads - 1  # beside the one that asks
 
 
 @pytest.mark.usefixtures("sparse_whatever_it_costs")

@@ -346,7 +346,8 @@ def finish_kernel(
     held = row < num_rows
     top, at = tl.load(max_of_rest + row, mask=held, other=0.0), tl.load(target + row, mask=held, other=0.0)
     highest = tl.maximum(top, at)
-    gap, gap_of_target = (top - highest).to(tl.float64), (at - highest).to(tl.float64)
+    gap = top.to(tl.float64) - highest.to(tl.float64)
+    gap_of_target = at.to(tl.float64) - highest.to(tl.float64)
     factor, at_target = tl.exp(gap), tl.exp(gap_of_target)
     beside = factor * tl.load(rest + row, mask=held, other=1.0).to(tl.float64)
     sum_exps = beside + at_target

@@ -212,9 +212,11 @@ def finish(partials: Partials) -> RowStatistics:
     """The statistics of whole rows: the target's logit joins the sums of sweep 1.
 
     No large numbers cancel, and nothing small is added to a one that would lose it: where the target has nearly all
-    the probability, log p = -log1p(rest) and 1 - p = rest / (1 + rest), with ``rest`` the sum over the others.
+    the probability, log p = -log1p(rest) and 1 - p = rest / (1 + rest), with ``rest`` the sum over the others. In fp64,
+    so that each statistic is rounded once: a log-probability of -10.8 twice would lose half as much again.
     """
-    max_of_rest, rest, weighted, target = partials
+    dtype = partials.row_max.dtype
+    max_of_rest, rest, weighted, target = (sums.double() for sums in partials)
     row_max = torch.maximum(max_of_rest, target)
     gap, gap_of_target = max_of_rest - row_max, target - row_max
     factor, at_target = gap.exp(), gap_of_target.exp()
@@ -223,7 +225,7 @@ def finish(partials: Partials) -> RowStatistics:
     log_total = torch.where(at_target == 1, rest.log1p(), total.log())
     # Far below the maximum a factor is 0, and 0 * -inf must stay 0.
     weighted = factor * weighted + gap * rest + at_target * gap_of_target.clamp(min=-1e30)
-    return RowStatistics(
+    every = RowStatistics(
         logps=gap_of_target - log_total,
         entropy=log_total - weighted / total,  # H = log-sum-exp - E[z], both less the row's maximum
         logsumexp=row_max + log_total,
@@ -231,6 +233,7 @@ def finish(partials: Partials) -> RowStatistics:
         total=total,
         others=rest / total,
     )
+    return RowStatistics(*(statistic.to(dtype) for statistic in every))
 
 
 def no_rows(dtype: torch.dtype, device: torch.device) -> RowStatistics:
