@@ -22,7 +22,7 @@ from aapo_fast.trainer.policy import Policy
 
 def fill_in_what_the_interpreter_lacks():
     """CUDA's library of functions, and a number as an argument of a kernel, which compiled is a float32 scalar."""
-    libdevice.rsqrt = lambda x: tl.rsqrt(x)  # noqa: PLW0108  (tl.rsqrt is another within a kernel)
+    libdevice.rsqrt = lambda x: tl.rsqrt(x)
     libdevice.tanh = lambda x: 1 - 2 / (tl.exp(2 * x) + 1)
     convert = interpreter._implicit_cvt
 

@@ -11,9 +11,13 @@ import traceback
 from functools import cache
 from pathlib import Path
 
+import pytest
 import support
 import torch
+from safetensors.torch import load_file
 from torch import distributed as dist
+
+from aapo_fast.trainer.records import read_lines
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ranks_support", "aapo_fast.trainer.loop", "aapo_fast.trainer.sharded", "peft"])
@@ -28,7 +32,9 @@ class Raised(tuple):
 def on_ranks(world, function, *arguments, limit_seconds=120):
     """``function(ranks, *arguments)`` of this file on each of ``world`` ranks; what it returns or raises, by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {"store": f"file://{Path(folder) / 'store'}", "cache": os.environ["AAPO_FAST_CACHE"]}
+        # The fork server has the environment of its first use.
+        kept = {name: os.environ[name] for name in ("AAPO_FAST_CACHE", "AAPO_FAST_API_KEY") if name in os.environ}
+        environment = {"store": f"file://{Path(folder) / 'store'}", "kept": kept}
         pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world)]
         processes = [
             CONTEXT.Process(target=_rank, args=(rank, world, environment, pipe[1], function.__name__, arguments))
@@ -56,7 +62,7 @@ def results(world, function, *arguments):
 def _rank(rank, world, environment, end, name, arguments):
     from aapo_fast.trainer.ranks import Ranks
 
-    os.environ |= {"AAPO_FAST_CACHE": environment["cache"], "GLOO_SOCKET_IFNAME": "lo", "RANK": str(rank)}
+    os.environ |= {**environment["kept"], "GLOO_SOCKET_IFNAME": "lo", "RANK": str(rank)}
     torch.set_num_threads(1)
     try:
         if world > 1:
@@ -202,6 +208,49 @@ def train(ranks, tree, dies_at=0, interrupted_in=0, servers=False):
     return loop.train(config.parse(tree), notes, ranks), notes.text
 
 
+def train_on_server(ranks, tree, stale=False):
+    """A run on a real vLLM server: what this rank told the engine, and the samples that it trained on, step by step.
+
+    ``stale``: the server never gets other weights than the first.
+    """
+    from aapo_fast import config
+    from aapo_fast.rollout.vllm.client import ServerClient
+    from aapo_fast.rollout.vllm.servers import VLLMServersEngine
+    from aapo_fast.trainer import loop
+    from aapo_fast.trainer.display import Display
+    from aapo_fast.trainer.policy import Policy
+
+    synced, asked, trained = [], [], [[]]
+    sync, generate, load = VLLMServersEngine.sync_weights, VLLMServersEngine.generate, ServerClient.load_from_folder
+    batch, step = Policy.batch, loop.train_step
+
+    def sync_weights(self, version):
+        synced.append(version)
+        sync(self, version)
+
+    def load_from_folder(self, folder):
+        if not stale or folder.endswith("policy-0"):
+            load(self, folder)
+
+    def counted(self, prompts, **options):
+        asked.append(len(prompts) * options["n"])
+        return generate(self, prompts, **options)
+
+    def taken(self, samples):
+        trained[-1] += [(w.sample.prompt_ids, w.sample.token_ids, w.advantage) for w in samples if w.advantage]
+        return batch(self, samples)
+
+    def train_step(*arguments):
+        trained.append([])
+        step(*arguments)
+
+    VLLMServersEngine.sync_weights, VLLMServersEngine.generate = sync_weights, counted
+    ServerClient.load_from_folder = load_from_folder
+    Policy.batch, loop.train_step = taken, train_step
+    loop.train(config.parse(tree), Display(quiet=True), ranks)
+    return synced, sum(asked), trained[1:]
+
+
 def fails(ranks, which, kind):
     """One rank fails in its share of the work, and then all are asked for something else."""
     from aapo_fast.types import UserError
@@ -224,3 +273,32 @@ def told(ranks):
         ranks.on_first(lambda: ranks.rank),
         [t.tolist() for t in ranks.pieces([torch.tensor([ranks.rank])] * ranks.rank)],
     )
+
+
+# --- comparing whole runs -------------------------------------------------------------------------------------------
+
+# The saving of shared prompts depends on where microbatches are cut, and who waits on how many ranks there are.
+TIMES = (
+    "seconds", "tokens_per_second", "peak_memory_bytes", "engine_sync_seconds", "engine_generation_seconds",
+    "saved_token_share", "waiting_share",
+)  # fmt: skip
+BOUND = 1e-3
+"""Of the way that float32 weights have come; see test_ranks.py."""
+
+
+def moved(folder, tiny_model):
+    """The way of the weights from those of ``tiny_model``."""
+    start, end = load_file(tiny_model / "model.safetensors"), load_file(folder / "run" / "model" / "model.safetensors")
+    return torch.cat([(end[name] - start[name]).flatten() for name in sorted(end)])
+
+
+def check_same(one, other, tiny_model):
+    truth = moved(one, tiny_model)
+    assert (moved(other, tiny_model) - truth).norm() < BOUND * truth.norm()
+    for name in ("samples.jsonl", "evaluations.jsonl", "metrics.jsonl"):
+        truth, found = (read_lines(folder / "run" / name) for folder in (one, other))
+        assert len(truth) == len(found)
+        for a, b in zip(truth, found, strict=True):
+            for key in a.keys() - TIMES:
+                expected = pytest.approx(a[key], rel=1e-3, abs=1e-5) if isinstance(a[key], float) else a[key]
+                assert b[key] == expected, (name, key)

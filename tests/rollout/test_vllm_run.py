@@ -1,10 +1,6 @@
 """Whole runs on vLLM: a tiny model learns as it does on the other engine; weights that do not arrive stop the run."""
 
 import copy
-import os
-import subprocess
-import sys
-import time
 
 import pytest
 import resume_support
@@ -15,8 +11,6 @@ from safetensors.torch import load_file
 
 from aapo_fast import config
 from aapo_fast.rollout.vllm import local
-from aapo_fast.rollout.vllm.client import ServerClient, ServerError
-from aapo_fast.rollout.vllm.process import free_port
 from aapo_fast.trainer import loop, sampling, setup
 from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.records import read_lines
@@ -100,35 +94,3 @@ def test_an_engine_that_holds_other_weights_is_seen_without_a_step(tree, top_p):
             sampling.verify_engine(run, run.schedule[0], 1)
         run.engine.sync_weights(1)
         sampling.verify_engine(run, run.schedule[0], 1)
-
-
-def test_a_server_of_aapo_fast_serve_and_rollouts_one_step_ahead(tmp_path, tree, monkeypatch):
-    """As a user starts it: `aapo-fast serve`, its key in the environment, a run that draws while it trains."""
-    monkeypatch.setenv("AAPO_FAST_API_KEY", "the key")
-    path, port = tmp_path / "config.toml", free_port()
-    path.write_text(
-        f'[model]\npath = "{tree["model"]["path"]}"\n[data]\nmax_prompt_tokens = 64\n[vllm]\ncpu_kv_cache_gib = 1\n'
-    )
-    command = [sys.executable, "-m", "aapo_fast.cli", "serve", str(path), "--port", str(port)]
-    with subprocess.Popen(command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as server:
-        try:
-            wait_for(ServerClient(f"http://127.0.0.1:{port}", "the key", 60), server)
-            tree["rollout"] |= {"engine": "vllm_server", "max_staleness": 1}
-            tree["vllm"] |= {"servers": [f"http://127.0.0.1:{port}"], "weights_folder": str(tmp_path / "weights")}
-            summary = loop.train(config.parse(tree), Display(quiet=True))
-        finally:
-            server.terminate()
-    assert summary["accuracy_after"] == 1.0
-    records = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert [r["staleness"] for r in records[:3]] == [0, 1, 1] and max(r["staleness"] for r in records) == 1
-    assert not any((tmp_path / "weights").iterdir())  # nothing is left behind
-
-
-def wait_for(client, server):
-    deadline = time.monotonic() + 200
-    while True:
-        try:
-            return client.check()
-        except ServerError:
-            assert server.poll() is None and time.monotonic() < deadline, server.stdout.read1().decode()
-            time.sleep(0.5)
