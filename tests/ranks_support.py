@@ -8,6 +8,7 @@ import os
 import signal
 import tempfile
 import traceback
+import weakref
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,9 @@ import support
 import torch
 from safetensors.torch import load_file
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from aapo_fast.trainer.records import read_lines
 
@@ -162,14 +166,11 @@ def trained(ranks, steps, policy, offload=False):
 
 def largest_tensor(ranks, samples, policy):
     """Elements of the largest tensor that forward and backward of a microbatch of this rank make."""
-    from torch.distributed.tensor import DTensor
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
 
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **kwargs or {})
-            tensors = [t.to_local() if isinstance(t, DTensor) else t for t in tree_leaves(out) if torch.is_tensor(t)]
+            tensors = [local(t) for t in tree_leaves(out) if torch.is_tensor(t)]
             found.extend(t.numel() for t in tensors)
             return out
 
@@ -178,6 +179,77 @@ def largest_tensor(ranks, samples, policy):
     with Sizes():
         made.loss(batch, 100).loss.backward()
     return max(found)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that storages take at once, of those that operations have touched."""
+
+    def __init__(self, *there):
+        super().__init__()
+        self.peak, self._storages = 0, {}
+        self._touch(there)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if self._touch((args, kwargs, out)):
+            found = [storage() for storage in self._storages.values()]  # which FSDP empties and fills again
+            self.peak = max(self.peak, sum(storage.nbytes() for storage in found if storage is not None))
+        return out
+
+    def _touch(self, tree):
+        """Whether there is a new one."""
+        new = False
+        for tensor in tree_leaves(tree):
+            if torch.is_tensor(tensor):
+                storage = local(tensor).untyped_storage()
+                known = self._storages.get(storage._cdata)
+                if known is None or known() is None:
+                    self._storages[storage._cdata], new = weakref.ref(storage), True
+        return new
+
+
+def local(tensor):
+    """This rank's shard of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def nbytes(tensors):
+    """Of their storages, each once; of shards those of this rank."""
+    storages = [local(tensor.detach()).untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def held(ranks, tree, samples):
+    """Bytes that this rank holds after and in an optimizer step, by the names of the plan, and the most at once."""
+    from aapo_fast import config
+    from aapo_fast.trainer.policy import Policy
+    from aapo_fast.trainer.shared import share_policy
+    from aapo_fast.trainer.step import make_optimizer, optimizer_step
+
+    settings = config.parse(tree)
+    whole = Policy.from_config(settings.model, 1.0, settings.loss, settings.lora)
+    assert whole.packed
+    policy = share_policy(ranks, whole, settings.model.vocabulary_parallel)
+    del whole
+    optimizer, found = make_optimizer(policy, settings.train), {}
+    parameters = list(policy.trained.parameters())
+
+    def state():
+        return [value for state in optimizer.state.values() for value in state.values()]
+
+    def before(*_):
+        found["gradients"] = nbytes(p.grad for p in parameters if p.grad is not None)
+
+    assert optimizer_step(policy, optimizer, samples[: ranks.world], settings.train, 1e-3).updated  # makes the moments
+    optimizer.register_step_pre_hook(before)
+    with LiveBytes(list(policy.model.parameters()), parameters, state()) as live:
+        optimizer_step(policy, optimizer, samples, settings.train, 1e-3)
+    return found | {
+        "weights": nbytes(policy.model.parameters()),
+        "shards of the weights": nbytes(parameters),
+        "AdamW moments": nbytes(state()),
+        "peak": live.peak,
+    }
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------
