@@ -94,7 +94,7 @@ def by_hand(devices, **layers):
 
 
 def test_shards_of_four_devices_by_hand():
-    """10 rows of 4, 7 of 1 and a frozen 9 of 2 are 65 numbers; of four devices the first has 3, 2 and 3 rows: 20 numbers,
+    """10 rows of 4, 7 of 1 and a frozen 9 of 2 are 65 numbers; of four devices the first has 3, 2, 3 rows: 20,
     14 of them trained.
     """
     _, parts, _ = by_hand(4)
