@@ -45,7 +45,7 @@ def show_plan(config: Config, device: str, memory_gib: float | None, devices: in
     display.table("memory of each device" if several else "memory", ("", "GiB", "when", "", "how"), rows, numbers=(1,))
     reserved, owner = (2, "CUDA and NCCL") if several else (1, "CUDA")
     needed, there = plan.peak(parts), gpu.memory_bytes - reserved * RESERVED_BYTES
-    fullest = max(plan.moments(parts), key=lambda found: sum(part.amount for part in found))
+    fullest = max(plan.by_phase(parts), key=lambda found: sum(part.amount for part in found))
     largest = max(fullest, key=lambda part: part.amount)
     display.note(
         f"at most {needed / 2**30:.1f} GiB at once of {there / 2**30:.1f} ({gpu.name}, less {reserved} for {owner}); "
@@ -116,7 +116,7 @@ def _remedy(config: Config, shape: Shape, gpu: GPU, parts: list[Part], there: fl
     state = {p.name: p.amount for p in parts if p.name in STATE}
     if sum(state.values()) > there:
         return _less_state(config, shape, gpu, state, there, devices)
-    overfull = [found for found in plan.moments(parts) if sum(part.amount for part in found) > there]
+    overfull = [found for found in plan.by_phase(parts) if sum(part.amount for part in found) > there]
     largest = max((p for found in overfull for p in found if p.name not in STATE), key=lambda p: p.amount)
     if largest.name == "activations":
         if config.train.max_microbatch_tokens > (tokens := plan.longest(config)):

@@ -34,10 +34,10 @@ def memory(config: Config, shape: Shape, gpu: GPU, devices: int = 1) -> list[Par
 
 def peak(parts: list[Part]) -> float:
     """Bytes of what is always on the device, and of the largest phase."""
-    return max(sum(part.amount for part in there) for there in moments(parts))
+    return max(sum(part.amount for part in there) for there in by_phase(parts))
 
 
-def moments(parts: list[Part]) -> list[list[Part]]:
+def by_phase(parts: list[Part]) -> list[list[Part]]:
     """What is on the device in each phase."""
     phases: tuple[Phase, ...] = ("start", "rollout", "training")
     return [[part for part in parts if part.phase in ("always", phase)] for phase in phases]
