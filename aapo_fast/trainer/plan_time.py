@@ -61,8 +61,8 @@ def _collectives(config: Config, s: Shape, gpu: GPU, tokens: int, devices: int) 
     moved = FP32 * (rounds * numbers + s.trained) * (devices - 1) / devices
     rate, link = (gpu.link, "NVLink") if devices <= MACHINE else (NETWORK, f"a GPU's network, machines of {MACHINE}")
     formula = (
-        f"{moved / 2**30:.3g} GiB, microbatches a rank: {rounds}, at {LINK_EFFICIENCY:g} of {rate / 1e9:g} GB/s ({link}); "
-        "as far as it can, while it trains"
+        f"{moved / 2**30:.3g} GiB, microbatches a rank: {rounds}, at {LINK_EFFICIENCY:g} of {rate / 1e9:g} GB/s "
+        f"({link}); as far as it can, while it trains"
     )
     return Part("gather, reduce", moved / (rate * LINK_EFFICIENCY), "estimate", "training", formula)
 

@@ -131,12 +131,16 @@ def below(pid):
     return found
 
 
-def signal_step(job):
-    """As Slurm's --signal: to every process of the steps, which are srun's; not to the script, nor to srun."""
-    (srun,) = (pid for pid in below(job.pid) if b"/bin/srun" in Path(f"/proc/{pid}/cmdline").read_bytes())
+def signal_step(job, ranks_only=False):
+    """SIGTERM, as by Slurm's --signal, to every process of the steps, which are srun's; not to the script, nor to srun.
+    Again to ranks alone: torchrun, which passes the first one on, may do so much later.
+    """
+    command = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in below(job.pid)}
+    (srun,) = (pid for pid in command if b"/bin/srun" in command[pid])
     for pid in below(srun):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
+        if not ranks_only or (b"aapo_fast.cli" in command[pid] and b"torchrun" not in command[pid]):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
 
 @needs_gloo
@@ -170,6 +174,10 @@ def test_slurms_script(tmp_path, tiny_model, alone):
             time.sleep(0.05)
         if interrupted:
             signal_step(job)
+            while "interrupted: finishing" not in log.read_text():
+                assert time.monotonic() < deadline and job.poll() is None, log.read_text()
+                time.sleep(0.01)
+            signal_step(job, ranks_only=True)
         job.wait(timeout=120)
         return json.loads((tmp_path / "job" / "RUN" / "summary.json").read_text())["status"]
 
