@@ -135,12 +135,18 @@ def signal_step(job, ranks_only=False):
     """SIGTERM, as by Slurm's --signal, to every process of the steps, which are srun's; not to the script, nor to srun.
     Again to ranks alone: torchrun, which passes the first one on, may do so much later.
     """
-    command = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in below(job.pid)}
-    (srun,) = (pid for pid in command if b"/bin/srun" in command[pid])
+    (srun,) = (pid for pid in below(job.pid) if b"/bin/srun" in command_of(pid))
     for pid in below(srun):
-        if not ranks_only or (b"aapo_fast.cli" in command[pid] and b"torchrun" not in command[pid]):
+        if not ranks_only or (b"aapo_fast.cli" in command_of(pid) and b"torchrun" not in command_of(pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
+
+
+def command_of(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended
+        return b""
 
 
 @needs_gloo
