@@ -102,6 +102,37 @@ def alone(tmp_path_factory, tiny_model):
     return tree, folder
 
 
+KILLS_ITS_RANK_ONCE = """
+import os, signal
+from pathlib import Path
+from reward_functions import late_letters
+def f(completions, prompts, **columns):
+    metrics = Path("RUN/metrics.jsonl")
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and metrics.exists():
+        if metrics.read_text().count("\\n") >= 3:
+            os.kill(os.getppid(), signal.SIGKILL)
+    return late_letters(completions, prompts)
+"""
+
+
+@needs_gloo
+@pytest.mark.timeout(120)
+def test_ranks_that_are_started_again_go_on(tmp_path, tiny_model, alone):
+    """By torchrun, with the variable that the page names."""
+    tree, truth = alone
+    environment = launched(tmp_path / "job", tiny_model, tree | {"rewards": [{"function": "kills_once:f"}]})
+    (tmp_path / "job" / "kills_once.py").write_text(KILLS_ITS_RANK_ONCE)
+    environment["PYTHONPATH"] += os.pathsep + str(tmp_path / "job")
+    (variable,) = re.findall(r"`(\w+)=1 torchrun --max-restarts", PAGE)
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command += ["-m", "aapo_fast.cli", "train", "CONFIG.toml", "--resume"]
+    where = {"cwd": tmp_path / "job", "env": environment | {variable: "1"}}
+    done = subprocess.run(command, capture_output=True, text=True, **where)
+    assert done.returncode == 0 and "resuming after step 2 of 6" in done.stdout, done.stdout + done.stderr
+    (tmp_path / "job" / "run").symlink_to("RUN")
+    check_same(truth, tmp_path / "job", tiny_model)
+
+
 SRUN = """#!/bin/bash
 for node in 0 1; do "$@" & done
 wait
