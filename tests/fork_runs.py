@@ -15,10 +15,9 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-TIMES = (
-    "seconds", "tokens_per_second", "peak_memory_bytes", "engine_sync_seconds", "engine_generation_seconds",
-    "engine_sync_bytes",  # a run that is resumed sends the weights again
-)  # fmt: skip
+import support
+
+TIMES = (*support.TIMES, "engine_sync_seconds", "engine_sync_bytes")  # a resumed run sends the weights again
 
 
 class Forks:

@@ -350,10 +350,7 @@ def told(ranks):
 # --- comparing whole runs -------------------------------------------------------------------------------------------
 
 # The saving of shared prompts depends on where microbatches are cut, and who waits on how many ranks there are.
-TIMES = (
-    "seconds", "tokens_per_second", "peak_memory_bytes", "engine_sync_seconds", "engine_generation_seconds",
-    "saved_token_share", "waiting_share",
-)  # fmt: skip
+TIMES = (*support.TIMES, "engine_sync_seconds", "saved_token_share", "waiting_share")
 BOUND = 1e-3
 """Of the way that float32 weights have come; see test_ranks.py."""
 

@@ -88,6 +88,13 @@ def save_tiny_model(folder, seed=0):
     tokenizer().save_pretrained(folder)
 
 
+TIMES = (
+    "seconds", "tokens_per_second", "generation_tokens_per_second", "engine_generation_seconds",
+    "engine_generation_tokens", "peak_memory_bytes",
+)  # fmt: skip
+"""Of a step's record: what it took, and what else was drawn since the one before."""
+
+
 def problem(prompt="ab", answer="c", row="test row 1", **columns):
     ids = tuple(tokenizer()(prompt).input_ids)
     return Problem(row, prompt, ids, {"answer": answer, **columns})

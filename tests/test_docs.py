@@ -1,5 +1,6 @@
 """The documentation: the site builds without a warning, links lead somewhere, code blocks are code."""
 
+import json
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from aapo_fast.bench import report, results
+from aapo_fast.bench import report, results, sync
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -75,3 +76,22 @@ def test_the_pages_of_results_are_those_of_the_results(page, tmp_path):
     shutil.copy(ROOT / "docs" / page, tmp_path)
     report.write_docs(list(results.find([ROOT / "benchmarks" / "results"])), tmp_path)
     assert (tmp_path / page).read_text() == (ROOT / "docs" / page).read_text()
+
+
+def test_the_page_on_vllm_has_the_figures_of_its_results():
+    """The tables are what `aapo-fast bench sync` printed; the sentences are of `benchmarks/quickstart.py`."""
+    page = (ROOT / "docs" / "vllm.md").read_text()
+    cost, run, other = (
+        json.loads((ROOT / "benchmarks" / "results" / "cpu" / name).read_text())
+        for name in ("sync/sync.json", "quickstart_vllm.json", "quickstart_hf.json")
+    )
+    assert sync.table(cost) in page
+    sentence = (
+        f"held-out accuracy from {run['accuracy_before']:.2f} to {run['accuracy_after']:.2f} in {run['steps']} steps "
+        f"and {run['wall_seconds'] / 60:.1f} minutes, {run['generation_tokens_per_second']:.0f} tokens a second of "
+        f"generation and {run['syncs']} syncs of {run['sync_seconds']:.2f} s (medians), and the largest mean gap of a "
+        f"step {run['largest_mean_gap']:.1e} nats. On the Hugging Face engine: from {other['accuracy_before']:.2f} to "
+        f"{other['accuracy_after']:.2f} in {other['wall_seconds'] / 60:.1f} minutes, "
+        f"{other['generation_tokens_per_second']:.0f} tokens a second"
+    )
+    assert sentence in " ".join(page.split())

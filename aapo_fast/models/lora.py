@@ -6,6 +6,7 @@ the adapter alone or the merged weights, under the names of the original checkpo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,6 +19,7 @@ from aapo_fast.types import UserError
 ADAPTER_FILE = "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
 """Every linear layer but the head."""
+LORA_FACTOR = re.compile(r"\.lora_[AB]\.[^.]+\.weight$")
 
 
 def add_adapter(model: Any, rank: int, alpha: float, target_modules: Sequence[str]) -> Any:
@@ -93,6 +95,21 @@ def checkpoint_state(model: Any, merged: bool = True) -> Iterator[tuple[str, Ten
             delta = adapted[name].get_delta_weight(adapter).detach()
             found = (found.float() + delta.float()).to(found.dtype)
         yield name.replace(".base_layer.", "."), found
+
+
+def is_plain_lora(model: Any) -> bool:
+    """Whether all that the adapter does is what ``checkpoint_state`` merges: factors of linear layers' weights."""
+    from peft.tuners.lora import Linear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return (
+        len(model.active_adapters) == 1
+        and all(type(layer) is Linear and not layer.lora_variant for layer in layers)
+        and all(LORA_FACTOR.search(name) for name in trained)
+        and all(parameter.is_floating_point() for parameter in model.parameters())
+    )
 
 
 def _has_factors(module: Any) -> bool:

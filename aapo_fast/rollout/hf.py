@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from aapo_fast.models.lora import has_adapter, without_adapter
+from aapo_fast.rollout.figures import Figures
 from aapo_fast.rollout.requests import check_prompts, eos_token_ids, in_turn
 from aapo_fast.types import FinishReason, Progress, Sample, SamplingParams, UserError, Weights
 
@@ -61,6 +63,7 @@ class HFEngine:
         self.max_batch_size = max_batch_size
         self.weight_version = 0
         self._reference: nn.Module | None = None
+        self._figures = Figures()
         self._eos = eos_token_ids(model, tokenizer)
 
     def keep_reference(self) -> None:
@@ -78,7 +81,7 @@ class HFEngine:
         """Nothing to give back: the KV cache lives for one call."""
 
     def metrics(self) -> dict[str, float]:
-        return {}
+        return self._figures.take()
 
     def close(self) -> None:
         """Nothing was started."""
@@ -102,6 +105,7 @@ class HFEngine:
         if not isinstance(weights, str):
             return in_turn(self.generate, prompts, seeds, weights, progress, n=n, sampling=sampling)
         check_prompts(prompts, seeds)
+        began = time.perf_counter()
         model, version = self._model(weights)
         results: list[list[Sample]] = []
         step = max(1, self.max_batch_size // n)
@@ -120,6 +124,7 @@ class HFEngine:
             results += [samples[i : i + n] for i in range(0, len(samples), n)]
             if progress is not None:
                 progress(len(results), len(prompts))
+        self._figures.generated(results, began)
         return results
 
     def _model(self, weights: Weights) -> tuple[nn.Module, int]:

@@ -156,6 +156,7 @@ def _record(step: Step, engine: Mapping[str, float], peak_memory_bytes: int) -> 
     tokens = sum(len(s.token_ids) for s in samples)
     scored_tokens = sum(len(s.token_ids) for s, r in zip(samples, rewards.tolist(), strict=True) if not math.isnan(r))
     result = step.result
+    generating = engine.get("generation_seconds", 0.0)
     return {
         "step": step.number,
         "reward": _mean(rewards.tolist()),
@@ -182,6 +183,8 @@ def _record(step: Step, engine: Mapping[str, float], peak_memory_bytes: int) -> 
         "reward_failures": len(step.failures),
         "seconds": step.seconds,
         "tokens_per_second": tokens / sum(step.seconds.values()),
+        # None where nothing was drawn: the rollouts of a resumed step may be those of its checkpoint.
+        "generation_tokens_per_second": engine["generation_tokens"] / generating if generating else None,
         "peak_memory_bytes": peak_memory_bytes,
     }
 

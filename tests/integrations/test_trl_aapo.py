@@ -326,7 +326,7 @@ def test_it_learns(tmp_path):
         ({"scale_rewards": "batch"}, "scale_rewards='batch'"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "use 'sum_then_normalize'"),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "must be a multiple of gradient_accum"),
-        ({"use_vllm": True}, "use_vllm=True: that engine holds the policy's weights only"),
+        ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching=True leaves what it"),
         ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32=True is not needed"),
     ],
 )

@@ -9,7 +9,14 @@ import transformers
 from aapo_fast import config
 from aapo_fast.data.packing import Weighted
 from aapo_fast.models.load import load_model, save_model
-from aapo_fast.models.lora import adapter_state, add_adapter, checkpoint_state, has_adapter, without_adapter
+from aapo_fast.models.lora import (
+    adapter_state,
+    add_adapter,
+    checkpoint_state,
+    has_adapter,
+    is_plain_lora,
+    without_adapter,
+)
 from aapo_fast.rollout.hf import HFEngine
 from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.loop import train
@@ -165,3 +172,50 @@ def test_layers_that_cannot_have_one(targets, match):
     with pytest.raises(UserError, match=match) as refusal:
         Policy(add_adapter(support.tiny(), 2, 4.0, targets), support.tokenizer(), 1.0)
     assert "\n" not in str(refusal.value)
+
+
+PLAIN = [{}, {"use_rslora": True, "lora_dropout": 0.1}, {"target_modules": ["q_proj", "down_proj"]}]
+NOT_PLAIN = {
+    "magnitudes": {"use_dora": True},
+    "an adapter that begins at a token": {"alora_invocation_tokens": [3]},
+    "whole modules": {"modules_to_save": ["lm_head"]},
+    "biases": {"lora_bias": True},
+    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "single tokens": {"trainable_token_indices": [3, 4]},
+    "parameters that are no layer's": {"target_modules": [], "target_parameters": ["mlp.gate_proj.weight"]},
+}
+
+
+def with_adapter(changes):
+    config = peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | changes)
+    return peft.get_peft_model(support.tiny(), config)
+
+
+@pytest.mark.parametrize("changes", PLAIN, ids=str)
+def test_what_is_plain_lora_is_merged_as_peft_merges_it(changes):
+    model = with_adapter(changes)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    assert is_plain_lora(model)
+    merged = dict(checkpoint_state(model))
+    truth = model.merge_and_unload().state_dict()
+    assert merged.keys() == truth.keys()
+    assert all(torch.allclose(tensor, truth[name], atol=1e-5) for name, tensor in merged.items())
+
+
+@pytest.mark.parametrize("changes", NOT_PLAIN.values(), ids=NOT_PLAIN)
+def test_what_is_not_plain_lora(changes):
+    assert not is_plain_lora(with_adapter(changes))
+
+
+def test_two_adapters_and_whole_numbers_are_not_plain_lora():
+    model = with_adapter({})
+    model.base_model.set_adapter(["default"])
+    assert is_plain_lora(model)
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+    assert not is_plain_lora(model)
+    packed = with_adapter({"target_modules": ["q_proj"]})
+    packed.get_base_model().lm_head.weight = torch.nn.Parameter(torch.ones(4, dtype=torch.uint8), requires_grad=False)
+    assert not is_plain_lora(packed)

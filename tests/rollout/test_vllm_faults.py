@@ -12,6 +12,7 @@ import support
 import vllm_support
 
 from aapo_fast import config
+from aapo_fast.rollout.vllm import process
 from aapo_fast.trainer import loop, setup
 from aapo_fast.trainer.records import read_lines
 
@@ -85,6 +86,7 @@ def test_a_run_whose_servers_fail_in_turn_loses_no_sample(tmp_path, monkeypatch,
     def refuse(server):
         server.client.url = refusing
 
+    monkeypatch.setattr(process, "TERMINATE_SECONDS", 1.0)  # a server that was stopped cannot end politely
     monkeypatch.setattr(setup, "make_engine", kept)
     harms = Harms({2: lambda: on_next_request(0, kill), 4: lambda: on_next_request(1, hang),
                    6: lambda: on_next_request(0, refuse)})  # fmt: skip

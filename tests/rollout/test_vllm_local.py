@@ -55,6 +55,7 @@ def test_greedy_tokens_and_logprobs_are_hugging_faces_before_and_after_a_sync(en
 def test_logprobs_are_those_of_the_sampling_distribution(engine):
     drawn = engine.generate(PROMPTS, n=4, sampling=SamplingParams(temperature=0.7, max_tokens=6), seeds=[1, 2, 3])
     assert [len(group) for group in drawn] == [4, 4, 4] and gap(engine.model, drawn, temperature=0.7) < 1e-4
+    assert engine.metrics()["generation_tokens"] == sum(len(sample.token_ids) for group in drawn for sample in group)
 
 
 def test_the_same_seed_gives_the_same_samples_and_another_others(engine):

@@ -14,7 +14,7 @@ import torch
 
 from aapo_fast.rollout.requests import eos_token_ids
 from aapo_fast.rollout.vllm import guard
-from aapo_fast.rollout.vllm.client import RequestError, ServerClient, ServerError
+from aapo_fast.rollout.vllm.client import CONNECTIONS, RequestError, ServerClient, ServerError
 from aapo_fast.rollout.vllm.samples import Completion, make_sample, stream_seed
 from aapo_fast.rollout.vllm.servers import together
 from aapo_fast.rollout.vllm.settings import telling_line
@@ -158,6 +158,12 @@ def test_no_proxy_stands_between(answering):
     ServerClient(url, "key", 5.0).check()
     answers["/v1/completions"] = json.dumps({"choices": [COMPLETION]})
     assert complete(url) == [Completion([2], [-1.0], "stop")]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8000", "https://elsewhere"])
+def test_connections_are_kept_for_all_requests_under_way(url):
+    adapter = ServerClient(url, "key", 5.0)._session.get_adapter(f"{url}/v1/completions")
+    assert adapter.poolmanager.connection_from_url(url).pool.maxsize == CONNECTIONS
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Real vLLM servers over HTTP: what Hugging Face generates, before and after a sync; servers that die or hang."""
 
-import contextlib
+import logging
 import os
 import signal
 import socket
@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import requests
+import safetensors.torch
 import torch
 import vllm_support
 from vllm_support import PROMPTS, gap, move, same_greedy
 
 from aapo_fast.rollout.hf import HFEngine
+from aapo_fast.rollout.vllm import client as clients
+from aapo_fast.rollout.vllm import process as processes
 from aapo_fast.rollout.vllm import servers
 from aapo_fast.rollout.vllm.client import CONTROL_SECONDS, ServerClient, ServerError
 from aapo_fast.rollout.vllm.process import ServerProcess, free_port
@@ -68,8 +71,27 @@ def engine(started):
     return engine
 
 
+@pytest.fixture(autouse=True)
+def _stopped_servers_get_no_patience(monkeypatch):
+    """They cannot end politely, so that waiting for it is all that the tests would do."""
+    monkeypatch.setattr(processes, "TERMINATE_SECONDS", 1.0)
+
+
 def everything(engine, sampling=SLOW, n=2):
     return engine.generate(MANY, n=n, sampling=sampling, seeds=range(len(MANY)))
+
+
+def over(engine, *servers):
+    """The engine over these servers alone."""
+    found = VLLMServersEngine.__new__(VLLMServersEngine)
+    found.__dict__ = engine.__dict__ | {"_servers": [*servers]}
+    return found
+
+
+def gap_of(engine, server):
+    """Between what this server alone samples from and the trainer's model."""
+    sampling = SamplingParams(max_tokens=6)
+    return gap(engine.model, over(engine, server).generate(PROMPTS, n=2, sampling=sampling, seeds=[1, 2, 3]))
 
 
 def test_tokens_and_logprobs_are_hugging_faces_before_and_after_a_sync(engine):
@@ -79,11 +101,14 @@ def test_tokens_and_logprobs_are_hugging_faces_before_and_after_a_sync(engine):
     assert not same_greedy(engine, truth)
     engine.sync_weights(1)
     assert same_greedy(engine, truth)
+    assert engine.metrics()["sync_bytes"] > 1e5
     drawn = engine.generate(MANY, n=2, sampling=SamplingParams(temperature=0.7, max_tokens=6), seeds=range(24))
+    found = engine.metrics()
+    assert found["generation_tokens"] == sum(len(sample.token_ids) for group in drawn for sample in group)
+    assert found["generation_seconds"] > 0
     assert gap(engine.model, drawn, temperature=0.7) < 1e-4
     assert {s.weight_version for group in drawn for s in group} == {1}
     assert [server.client.weight_version() for server in engine._servers] == ["1", "1"]
-    assert engine.metrics()["sync_bytes"] > 1e5
 
 
 def test_the_reference_stays_frozen(engine):
@@ -97,19 +122,21 @@ def test_the_reference_stays_frozen(engine):
 
 
 def test_both_servers_work(engine):
-    everything(engine)  # the first long completions of a server wait for kernels to be compiled
-    asked = {server.name: 0 for server in engine._servers}
+    """Nobody is answered until all is asked: else the quicker one gets more, and one may still compile its kernels."""
+    asked, lock, all_asked = {server.name: 0 for server in engine._servers}, threading.Lock(), threading.Event()
     for server in engine._servers:
         complete = server.client.complete
 
         def counted(*arguments, name=server.name, complete=complete):
-            asked[name] += 1
+            with lock:
+                asked[name] += 1
+            if sum(asked.values()) == len(MANY):
+                all_asked.set()
+            assert all_asked.wait(60)
             return complete(*arguments)
 
         server.client.complete = counted
-    engine._width = 2
     everything(engine)
-    engine._width = 32
     assert sum(asked.values()) == len(MANY) and min(asked.values()) > len(MANY) // 4
 
 
@@ -140,16 +167,13 @@ def test_a_server_that_is_killed_is_started_again_and_nothing_is_lost(engine):
     engine.generate(PROMPTS, n=1, sampling=SLOW, seeds=[0] * 3)  # mends what is still broken
     assert any("starting a server again (1 of 3)" in note for note in engine.notes)
     assert not victim.fault and victim.client.weight_version() == "1"  # and it has the weights that the other has
-    alone = VLLMServersEngine.__new__(VLLMServersEngine)
-    alone.__dict__ = engine.__dict__ | {"_servers": [victim]}
-    assert (
-        gap(engine.model, alone.generate(PROMPTS, n=2, sampling=SamplingParams(max_tokens=6), seeds=[1, 2, 3])) < 1e-4
-    )
+    assert gap_of(engine, victim) < 1e-4
     found = engine.metrics()
     assert found["server_failures"] == 1 and found["server_restarts"] == 1
 
 
-def test_a_server_that_hangs_is_given_up_within_the_time_limit(engine):
+def test_a_server_that_hangs_is_given_up_within_the_time_limit(engine, caplog):
+    caplog.set_level(logging.DEBUG, "urllib3.connectionpool")
     before = everything(engine)
     victim = engine._servers[1]
     for server in engine._servers:
@@ -163,6 +187,80 @@ def test_a_server_that_hangs_is_given_up_within_the_time_limit(engine):
             server.client._limit = LIMIT
     assert [[s.token_ids for s in group] for group in after] == [[s.token_ids for s in group] for group in before]
     assert "no answer within 8 s" in engine.notes[0] and seconds < 150
+    # The other server was idle meanwhile, and kept its connections: else a request may be sent on one that just ends.
+    assert "Resetting dropped connection" not in caplog.text
+
+
+SYNC_LIMIT = 4.0
+
+
+def harmed_at(path, client, pid, kills):
+    """Have a server killed, or stopped for good, when it has been sent a request that it cannot have answered yet; the
+    list that is returned gets the seconds until the request was given up.
+    """
+    call, waited = client._call, []
+
+    def harmed(method, asked, *rest, **more):
+        if asked != path:
+            return call(method, asked, *rest, **more)
+        os.killpg(pid, signal.SIGSTOP)
+        if kills:
+            threading.Timer(0.3, os.killpg, [pid, signal.SIGKILL]).start()
+        start = time.monotonic()
+        try:
+            return call(method, asked, *rest, **more)
+        finally:
+            waited.append(time.monotonic() - start)
+
+    client._call, client._limit = harmed, SYNC_LIMIT
+    return waited
+
+
+@pytest.mark.parametrize(
+    "harms",
+    [[("/pause", True), ("/collective_rpc", True)], [("/resume", True), ("/collective_rpc", False)]],
+    ids=["killed before and in the load", "killed after it and hanging in it"],
+)
+def test_servers_that_fail_in_a_sync_are_started_again_with_the_weights_in_full(engine, monkeypatch, harms):
+    monkeypatch.setattr(clients, "CONTROL_SECONDS", SYNC_LIMIT)
+    move(engine.model)
+    before = [server.process.pid for server in engine._servers]
+    waited = [
+        harmed_at(path, server.client, server.process.pid, kills)
+        for server, (path, kills) in zip(engine._servers, harms, strict=True)
+    ]
+    engine.sync_weights(1)
+    said = "\n".join(engine.notes)
+    for [seconds], (path, kills) in zip(waited, harms, strict=True):
+        assert seconds < SYNC_LIMIT if kills else SYNC_LIMIT <= seconds < SYNC_LIMIT + 2
+        assert ("ended with -9" if kills else f"{path} gave no answer within 4 s") in said
+    assert not any(server.fault for server in engine._servers)
+    assert not {server.process.pid for server in engine._servers} & set(before)
+    assert [server.client.weight_version() for server in engine._servers] == ["1", "1"]
+    assert max(gap_of(engine, server) for server in engine._servers) < 1e-4
+    found = engine.metrics()
+    assert found["server_failures"] == found["server_restarts"] == 2
+
+
+@pytest.mark.parametrize("path", ["/pause", "/resume"])
+def test_somebody_elses_server_that_hangs_in_a_sync_is_left_out(engine, monkeypatch, path):
+    monkeypatch.setattr(clients, "CONTROL_SECONDS", SYNC_LIMIT)
+    move(engine.model)
+    working, hanging = (Server(ServerClient(server.name, KEY, LIMIT), None) for server in engine._servers)
+    working.client.check()
+    theirs, pid = over(engine, working, hanging), engine._servers[1].process.pid
+    waited = harmed_at(path, hanging.client, pid, kills=False)
+    try:
+        theirs.sync_weights(1)
+        assert f"{path} gave no answer within 4 s" in hanging.fault and SYNC_LIMIT <= waited[0] < SYNC_LIMIT + 2
+        assert gap(theirs.model, everything(theirs, SamplingParams(max_tokens=6))) < 1e-4  # of the other one alone
+        working.fault = "gone, too"
+        with pytest.raises(
+            ServerError, match=f"^no vLLM server is left: gone, too; {hanging.name}{path} gave no answer"
+        ):
+            everything(theirs)
+    finally:
+        os.killpg(pid, signal.SIGCONT)
 
 
 def test_a_prompt_that_is_too_long_is_the_prompts_fault(engine):
@@ -211,12 +309,28 @@ def test_when_nobody_is_left_the_run_says_what_each_did(engine, tmp_path):
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    lost = VLLMServersEngine.__new__(VLLMServersEngine)
-    server = Server(ServerClient(url, KEY, LIMIT), None)
-    lost.__dict__ = engine.__dict__ | {"_servers": [server]}
+    lost = over(engine, Server(ServerClient(url, KEY, LIMIT), None))
     with pytest.raises(ServerError, match=f"no vLLM server is left: {url}/v1/completions: no connection"):
         lost.generate(PROMPTS, n=1, sampling=SLOW, seeds=[0] * 3)
     listener.close()
+
+
+def test_nothing_is_drawn_from_weights_that_were_half_loaded(engine, tmp_path, monkeypatch):
+    """Servers that break off in the middle of them stay paused, and the run stops where none may be started again."""
+    monkeypatch.setattr(servers, "MAX_RESTARTS", 0)
+    move(engine.model)
+    broken = dict(named_weights(engine.model)) | {"z": torch.zeros(1)}  # which the model has not: the last of them
+    safetensors.torch.save_file(broken, tmp_path / "model.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._transport, "path", lambda name: tmp_path)
+        with pytest.raises(ServerError, match=r"^no vLLM server is left: .*/collective_rpc answered 500") as caught:
+            engine.sync_weights(1)
+    assert "\n" not in str(caught.value)
+    for server in engine._servers:
+        assert server.client._json("GET", "/is_paused", LIMIT) == {"is_paused": True}
+        assert server.client.weight_version() == "0"
+    with pytest.raises(ServerError, match="no vLLM server is left"):
+        everything(engine)  # and leaves them so: the last test that wants them
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path):
@@ -226,27 +340,3 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
         process.start(LIMIT)
     assert process.exit_code() is not None
     process.stop()
-
-
-def test_a_tied_head_arrives_over_http(tmp_path, monkeypatch):
-    """It is sent under its own name besides: without that the server goes on with the old one, which the gap shows."""
-    vllm_support.save_model(tmp_path / "model", tied=True)
-    model, tokenizer = vllm_support.load(tmp_path / "model")
-    process = ServerProcess(vllm_support.settings(tmp_path / "model"), KEY, tmp_path / "vllm.log")
-    transport = FolderTransport(tmp_path / "weights")
-    engine = VLLMServersEngine(model, tokenizer, [Server(None, process)], transport, LIMIT, torch.float32)
-    with contextlib.closing(engine):
-        truth = HFEngine(model, tokenizer)
-        assert same_greedy(engine, truth)
-        move(model)
-        engine.sync_weights(1)
-        assert same_greedy(engine, truth)
-        move(model, seed=2)
-        monkeypatch.setattr(servers, "named_weights", lambda *given: without_head(*given))
-        engine.sync_weights(2)
-        drawn = engine.generate(MANY, n=2, sampling=SamplingParams(max_tokens=6), seeds=range(24))
-        assert gap(model, drawn) > 0.05
-
-
-def without_head(*given):
-    return ((name, tensor) for name, tensor in named_weights(*given) if name != "lm_head.weight")

@@ -92,9 +92,15 @@ def test_what_a_run_leaves_behind(tmp_path, tiny_model):
         for key in (
             "reward", "reference_reward", "zero_weight_token_share", "zero_advantage_group_share", "advantage_mean",
             "advantage_std", "rollout_entropy", "completion_length", "truncated_share", "grad_norm", "learning_rate",
-            "tokens_per_second", "peak_memory_bytes", "saved_token_share", "microbatch_tokens",
+            "tokens_per_second", "generation_tokens_per_second", "peak_memory_bytes", "saved_token_share",
+            "microbatch_tokens",
         ):  # fmt: skip
             assert isinstance(record[key], (int, float)) and math.isfinite(record[key]), key
+    second = records[1]  # before which nothing but its own completions was drawn
+    assert second["engine_generation_tokens"] == round(4 * 8 * second["completion_length"])
+    assert 0 < second["engine_generation_seconds"] < second["seconds"]["rollout"]
+    speed = second["engine_generation_tokens"] / second["engine_generation_seconds"]
+    assert second["generation_tokens_per_second"] == pytest.approx(speed)
     assert [e["step"] for e in read_lines(folder / "evaluations.jsonl")] == [0, 2, 3]
     samples = read_lines(folder / "samples.jsonl")
     assert len(samples) == 3 * 8 and {"prompt", "completion", "reward", "advantage"} <= samples[0].keys()
@@ -114,8 +120,7 @@ def test_same_seed_same_run(tmp_path, tiny_model):
         tree["reference"]["cache"] = str(tmp_path / "shared.sqlite")
         summary = run(tree)
         records.append([
-            {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second", "peak_memory_bytes")}
-            for r in metrics(tmp_path / attempt)
+            {k: v for k, v in r.items() if k not in support.TIMES} for r in metrics(tmp_path / attempt)
         ])  # fmt: skip
     assert records[0] == records[1]
     assert summary["reference_seconds"] < 0.5

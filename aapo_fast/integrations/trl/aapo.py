@@ -20,6 +20,7 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from aapo_fast import AAPO, aapo_advantages
+from aapo_fast.integrations.trl.engine import EngineWeights, without_weights_for_an_engine
 from aapo_fast.integrations.trl.head import WithObjective, fuse_heads, refuse, seed, unsupported, wrong_settings
 from aapo_fast.models.lora import checkpoint_state, has_adapter, without_adapter
 from aapo_fast.types import UserError
@@ -87,12 +88,11 @@ class AAPOConfig(GRPOConfig):
                 f"steps_per_generation={self.steps_per_generation} must be a multiple of gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps}: the loss is divided by all tokens of an optimizer step"
             )
-        for name in ("use_vllm", "use_transformers_continuous_batching"):
-            if getattr(self, name):
-                yield (
-                    f"{name}=True: that engine holds the policy's weights only, and the reference must be drawn from "
-                    "frozen ones; set it to False, or train with `aapo-fast train`, which has vLLM rollouts of both"
-                )
+        if self.use_transformers_continuous_batching:
+            yield (
+                "use_transformers_continuous_batching=True leaves what it generated from in training mode and in "
+                "another dtype, and the reference must stay as it is; set it to False, or use_vllm=True"
+            )
         if self.cast_lm_head_to_fp32:
             yield "cast_lm_head_to_fp32=True is not needed: the fused head keeps its statistics in fp32; leave it out"
 
@@ -103,6 +103,9 @@ class AAPOTrainer(GRPOTrainer):
     Advantages are ``aapo_advantages``: group-relative, plus the clipped gap to the reward of a frozen reference, which
     is the model given here (with an adapter: the model without it). The loss is ``AAPO``: cross entropy weighted with
     the advantages, over all completion tokens of the optimizer step, whichever microbatch or rank they are on.
+
+    With ``use_vllm=True`` TRL's engine draws policy and reference, loaded with each in turn, and TRL's correction of
+    what it samples weighs the tokens of the loss.
 
     Evaluation draws nothing from the reference: ``eval_loss`` is without momentum.
 
@@ -127,6 +130,7 @@ class AAPOTrainer(GRPOTrainer):
         self._reference: Any = None
         if not has_adapter(self.model):
             self._reference = self.accelerator.prepare_model(_frozen_copy(self.model), evaluation_mode=True)
+        self._engine_weights = EngineWeights(self, self._reference) if self.use_vllm else None
         self._kept_rewards: dict[str, list[float]] = {}
         fuse_heads(self, {"backward": args.head_backward, "sparsity_threshold": args.head_sparsity_threshold})
 
@@ -191,6 +195,10 @@ class AAPOTrainer(GRPOTrainer):
     @contextmanager
     def _reference_in_place(self) -> Iterator[None]:
         """While it lasts TRL generates from the reference."""
+        if self._engine_weights is not None:
+            with self._engine_weights.reference_in_place():
+                yield
+            return
         if self._reference is None:
             with without_adapter(self.accelerator.unwrap_model(self.model)):
                 yield
@@ -205,10 +213,13 @@ class AAPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         keep, old = inputs["completion_mask"].bool(), inputs.get("old_per_token_logps")
-        sequences = torch.arange(keep.shape[0], device=keep.device)[:, None].expand_as(keep)[keep]
+        # TRL's weights of what a vLLM engine sampled: one a sequence or one a token, by vllm_importance_sampling_mode.
+        correction = inputs.get("importance_sampling_ratio", 1.0)
+        advantages = (inputs["advantages"][:, None] * correction).expand_as(keep)[keep]
+        rows = torch.arange(advantages.numel(), device=keep.device)
         bound = self.args.max_importance_weight
         weighted = {} if old is None or not bound else {"rollout_logps": old[keep], "max_ratio": bound}
-        objective = AAPO(inputs["advantages"], sequences, self._tokens_a_rank(inputs), **weighted)
+        objective = AAPO(advantages, rows, self._tokens_a_rank(inputs), **weighted)
         policy = WithObjective(model, objective, seed(self))
         _, entropy, _ = self._get_per_token_logps_and_entropies(
             policy,
@@ -278,6 +289,8 @@ def _without_reference(trainer: AAPOTrainer) -> Iterator[str]:
         if getattr(trainer, name):
             yield f"{name} would be called with the policy for the reference too; leave it out"
     model = trainer.model
+    if trainer.use_vllm:
+        yield from without_weights_for_an_engine(model)
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         yield "a model on several devices (device_map) cannot be copied as the reference; load it on one"
     if has_adapter(model) and not _computes_what_its_base_does(model):

@@ -44,7 +44,8 @@ class ServerClient:
         self._session = requests.Session()
         # No proxies, which would see the key, and no .netrc, which would replace it.
         self._session.trust_env = False
-        self._session.mount("http", requests.adapters.HTTPAdapter(pool_maxsize=CONNECTIONS))
+        for scheme in ("http://", "https://"):  # in full: the longest prefix wins, and the session brings these two
+            self._session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=CONNECTIONS))
         self._session.headers.update({"Authorization": f"Bearer {api_key}"} if api_key else {})
 
     def check(self, limit_seconds: float = CONTROL_SECONDS) -> None:

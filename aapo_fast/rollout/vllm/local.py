@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from aapo_fast.models.lora import has_adapter
+from aapo_fast.rollout.figures import Figures
 from aapo_fast.rollout.requests import check_prompts, eos_token_ids, in_turn
 from aapo_fast.rollout.vllm.adapter import LocalLLM
 from aapo_fast.rollout.vllm.held import AdapterOnly, WholeModel
@@ -38,7 +39,7 @@ class VLLMEngine:
         self._adapted = has_adapter(model)
         self._held: AdapterOnly | WholeModel = (AdapterOnly if self._adapted else WholeModel)(self._llm, model)
         self._asleep = False
-        self._metrics: dict[str, float] = {}
+        self._figures = Figures()
 
     def keep_reference(self) -> None:
         if self.weight_version != 0:
@@ -59,8 +60,7 @@ class VLLMEngine:
         self._asleep = self._held.sleep()
 
     def metrics(self) -> dict[str, float]:
-        found, self._metrics = self._metrics, {}
-        return found
+        return self._figures.take()
 
     def close(self) -> None:
         self._held.close()
@@ -92,11 +92,12 @@ class VLLMEngine:
         drawn = self._llm.generate(
             prompts, n, sampling, seeds, self._eos, adapted, lambda done: progress and progress(done, total)
         )
-        self._count("generation_seconds", time.perf_counter() - start)
-        return [
+        samples = [
             [make_sample(self.tokenizer, prompt, completion, self._version(wanted)) for completion in completions]
             for prompt, completions, wanted in zip(prompts, drawn, each, strict=True)
         ]
+        self._figures.generated(samples, start)
+        return samples
 
     def _version(self, weights: Weights) -> int:
         return 0 if weights == "reference" else self.weight_version
@@ -107,8 +108,4 @@ class VLLMEngine:
         sent = self._held.hold(weights, self.weight_version)
         self._asleep = False
         if sent >= 0:
-            self._count("sync_seconds", time.perf_counter() - start)
-            self._count("sync_bytes", sent)
-
-    def _count(self, name: str, value: float) -> None:
-        self._metrics[name] = self._metrics.get(name, 0.0) + value
+            self._figures.add(sync_seconds=time.perf_counter() - start, sync_bytes=sent)

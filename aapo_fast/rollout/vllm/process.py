@@ -18,6 +18,7 @@ from aapo_fast.rollout.vllm.guard import END_WITH_PARENT, KEY_VARIABLE, PATH
 from aapo_fast.rollout.vllm.settings import EngineSettings, telling_line
 
 TERMINATE_SECONDS = 20.0
+KEEP_CONNECTION_SECONDS = 86_400  # between two rollouts nothing is sent
 POLL_SECONDS = 5.0  # of one question while it starts: a server that is not quite there may never answer the first
 READING_HANDLES = {"ipc": {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}}
 """CUDA IPC handles come as a pickle, which vLLM reads where this is set: in our servers, on loopback, with a key."""
@@ -44,7 +45,9 @@ def environment(settings: EngineSettings, api_key: str) -> dict[str, str]:
     """Of a server: pausing it and replacing its weights are routes of vLLM's development mode, behind our key; so are
     those that load an adapter.
     """
-    found = {**settings.environment(), **os.environ, "VLLM_SERVER_DEV_MODE": "1", KEY_VARIABLE: api_key}
+    # A connection that the server gives up, after 5 s by default, may be the one that a request is just being sent on.
+    kept = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_CONNECTION_SECONDS)}
+    found = {**settings.environment(), **kept, **os.environ, "VLLM_SERVER_DEV_MODE": "1", KEY_VARIABLE: api_key}
     return found | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if settings.lora_rank else found
 
 

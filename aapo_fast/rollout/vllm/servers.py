@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from aapo_fast.models.lora import adapter_state
+from aapo_fast.rollout.figures import Figures
 from aapo_fast.rollout.requests import check_prompts, eos_token_ids, in_turn
 from aapo_fast.rollout.vllm.client import RequestError, ServerClient, ServerError
 from aapo_fast.rollout.vllm.process import ServerProcess
@@ -123,7 +124,7 @@ class VLLMServersEngine:
         self._adapted = isinstance(transport, AdapterTransport)
         self._wanted, self._closed = FIRST, False
         self._lock = threading.Lock()
-        self._metrics: dict[str, float] = {}
+        self._figures = Figures()
         try:
             together([partial(self._begin, server) for server in self._servers])
             if any(server.holds != FIRST for server in self._servers):
@@ -148,8 +149,7 @@ class VLLMServersEngine:
         """The servers keep theirs, on devices of their own or, by IPC, the share of ours that they were given."""
 
     def metrics(self) -> dict[str, float]:
-        found, self._metrics = self._metrics, {}
-        return found
+        return self._figures.take()
 
     def close(self) -> None:
         self._closed = True  # what is still being drawn fails now, and is not to be mended
@@ -188,14 +188,15 @@ class VLLMServersEngine:
             self._take_turns(draw, n, sampling, progress)
             if draw.refused is not None:
                 raise draw.refused
-        self._count("generation_seconds", time.perf_counter() - start)
-        return [
+        samples = [
             [
                 make_sample(self.tokenizer, prompt, completion, 0 if wanted == "reference" else self.weight_version)
                 for completion in draw.found[index]
             ]
             for index, (prompt, wanted) in enumerate(zip(prompts, each, strict=True))
         ]
+        self._figures.generated(samples, start)
+        return samples
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -245,8 +246,7 @@ class VLLMServersEngine:
         start = time.perf_counter()
         weights = list(adapter_state(self.model).items() if self._adapted else named_weights(self.model, self._dtype))
         self._transport.publish(self._policy, weights)
-        self._count("sync_seconds", time.perf_counter() - start)
-        self._count("sync_bytes", size_bytes(weights))
+        self._figures.add(sync_seconds=time.perf_counter() - start, sync_bytes=size_bytes(weights))
 
     def _want(self, name: str) -> None:
         """Have every server that is in use hold the weights ``name``."""
@@ -255,7 +255,7 @@ class VLLMServersEngine:
         if behind:
             start = time.perf_counter()
             together([partial(self._load, server) for server in behind])
-            self._count("sync_seconds", time.perf_counter() - start)
+            self._figures.add(sync_seconds=time.perf_counter() - start)
             self._mend()
 
     def _load(self, server: Server) -> None:
@@ -293,7 +293,7 @@ class VLLMServersEngine:
                 server.fault = f"{server.name} ended with {code}: {server.process.last_words()}"
         if not self._closed:
             self._note(f"vLLM: {server.fault}")
-        self._count("server_failures", 1)
+        self._figures.add(server_failures=1)
 
     def _mend(self) -> None:
         """Start again those of our servers that failed, with the weights that are wanted.
@@ -319,11 +319,7 @@ class VLLMServersEngine:
             server.fault, server.holds, server.adapter = "", FIRST, ""
             if server.holds != self._wanted:
                 self._load(server)
-            self._count("server_restarts", 1)
-
-    def _count(self, name: str, value: float) -> None:
-        with self._lock:
-            self._metrics[name] = self._metrics.get(name, 0.0) + value
+            self._figures.add(server_restarts=1)
 
 
 def together(actions: Sequence[Callable[[], None]]) -> None:
