@@ -6,12 +6,18 @@ The tests' side is ``Forks``; this file is what it starts.
 import copy
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
+
+import support
+
+TIMES = (*support.TIMES, "engine_sync_seconds", "engine_sync_bytes")  # a resumed run sends the weights again
 
 
 class Forks:
@@ -71,6 +77,49 @@ class Fork:
     def wait(self):
         """Its exit code; that of a signal is negative."""
         return int(self._results.readline())
+
+
+def kill_often(forks, tree, folder, kills, ahead=False):
+    """Kill at moments of three kinds in turn; the exit codes of the runs that were to be killed.
+
+    What is left of the run is shared out among the kills that are left, so that none comes after its end: each is due
+    after its share of the steps at the latest, however quick the machine is.
+    """
+    draw, codes = random.Random(kills), []
+    checkpoints = folder / "run" / "checkpoints"
+    for number in range(kills):
+        done = max((int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*")), default=0)
+        share = (tree["train"]["steps"] - done) // (kills - number)
+        fork, start = forks.start(tree, ahead), time.monotonic()
+        delay, count = draw.uniform(0, 1.0), draw.randint(1, 3)
+
+        def steps(fork=fork):
+            return fork.output.count("\nstep ")
+
+        moments = [
+            lambda end=start + delay: time.monotonic() > end,  # anywhere, often while it is loading
+            lambda count=count, steps=steps: steps() >= count,  # within a step
+            # while a checkpoint is written; what an earlier kill has left is gone when the model is loaded
+            lambda fork=fork: "loading" in fork.output and any(checkpoints.glob(".unfinished-*")),
+        ]
+        due = moments[number % 3]
+        if fork.until(lambda due=due, share=share, steps=steps: due() or steps() >= share):
+            end = time.monotonic() + draw.uniform(0, (0, 0.1, 0.02)[number % 3])
+            fork.until(lambda end=end, share=share, steps=steps: time.monotonic() > end or steps() >= share)
+            fork.kill(signal.SIGKILL)
+        codes.append(fork.wait())
+    return codes
+
+
+def left_behind(folder):
+    """Everything that two equal runs have in common: weights, and records without times."""
+    from aapo_fast.trainer.records import read_lines
+
+    def lines(name):
+        return [{k: v for k, v in r.items() if k not in TIMES} for r in read_lines(folder / "run" / name)]
+
+    records = {name: lines(name) for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")}
+    return (folder / "run" / "model" / "model.safetensors").read_bytes(), records
 
 
 def main():

@@ -8,12 +8,20 @@ import os
 import signal
 import tempfile
 import traceback
+import weakref
 from functools import cache
 from pathlib import Path
 
+import pytest
 import support
 import torch
+from safetensors.torch import load_file
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from aapo_fast.trainer.records import read_lines
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ranks_support", "aapo_fast.trainer.loop", "aapo_fast.trainer.sharded", "peft"])
@@ -28,7 +36,9 @@ class Raised(tuple):
 def on_ranks(world, function, *arguments, limit_seconds=120):
     """``function(ranks, *arguments)`` of this file on each of ``world`` ranks; what it returns or raises, by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {"store": f"file://{Path(folder) / 'store'}", "cache": os.environ["AAPO_FAST_CACHE"]}
+        # The fork server has the environment of its first use.
+        kept = {name: os.environ[name] for name in ("AAPO_FAST_CACHE", "AAPO_FAST_API_KEY") if name in os.environ}
+        environment = {"store": f"file://{Path(folder) / 'store'}", "kept": kept}
         pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world)]
         processes = [
             CONTEXT.Process(target=_rank, args=(rank, world, environment, pipe[1], function.__name__, arguments))
@@ -56,7 +66,7 @@ def results(world, function, *arguments):
 def _rank(rank, world, environment, end, name, arguments):
     from aapo_fast.trainer.ranks import Ranks
 
-    os.environ |= {"AAPO_FAST_CACHE": environment["cache"], "GLOO_SOCKET_IFNAME": "lo", "RANK": str(rank)}
+    os.environ |= {**environment["kept"], "GLOO_SOCKET_IFNAME": "lo", "RANK": str(rank)}
     torch.set_num_threads(1)
     try:
         if world > 1:
@@ -156,14 +166,11 @@ def trained(ranks, steps, policy, offload=False):
 
 def largest_tensor(ranks, samples, policy):
     """Elements of the largest tensor that forward and backward of a microbatch of this rank make."""
-    from torch.distributed.tensor import DTensor
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
 
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **kwargs or {})
-            tensors = [t.to_local() if isinstance(t, DTensor) else t for t in tree_leaves(out) if torch.is_tensor(t)]
+            tensors = [local(t) for t in tree_leaves(out) if torch.is_tensor(t)]
             found.extend(t.numel() for t in tensors)
             return out
 
@@ -172,6 +179,77 @@ def largest_tensor(ranks, samples, policy):
     with Sizes():
         made.loss(batch, 100).loss.backward()
     return max(found)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that storages take at once, of those that operations have touched."""
+
+    def __init__(self, *there):
+        super().__init__()
+        self.peak, self._storages = 0, {}
+        self._touch(there)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if self._touch((args, kwargs, out)):
+            found = [storage() for storage in self._storages.values()]  # which FSDP empties and fills again
+            self.peak = max(self.peak, sum(storage.nbytes() for storage in found if storage is not None))
+        return out
+
+    def _touch(self, tree):
+        """Whether there is a new one."""
+        new = False
+        for tensor in tree_leaves(tree):
+            if torch.is_tensor(tensor):
+                storage = local(tensor).untyped_storage()
+                known = self._storages.get(storage._cdata)
+                if known is None or known() is None:
+                    self._storages[storage._cdata], new = weakref.ref(storage), True
+        return new
+
+
+def local(tensor):
+    """This rank's shard of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def nbytes(tensors):
+    """Of their storages, each once; of shards those of this rank."""
+    storages = [local(tensor.detach()).untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def held(ranks, tree, samples):
+    """Bytes that this rank holds after and in an optimizer step, by the names of the plan, and the most at once."""
+    from aapo_fast import config
+    from aapo_fast.trainer.policy import Policy
+    from aapo_fast.trainer.shared import share_policy
+    from aapo_fast.trainer.step import make_optimizer, optimizer_step
+
+    settings = config.parse(tree)
+    whole = Policy.from_config(settings.model, 1.0, settings.loss, settings.lora)
+    assert whole.packed
+    policy = share_policy(ranks, whole, settings.model.vocabulary_parallel)
+    del whole
+    optimizer, found = make_optimizer(policy, settings.train), {}
+    parameters = list(policy.trained.parameters())
+
+    def state():
+        return [value for state in optimizer.state.values() for value in state.values()]
+
+    def before(*_):
+        found["gradients"] = nbytes(p.grad for p in parameters if p.grad is not None)
+
+    assert optimizer_step(policy, optimizer, samples[: ranks.world], settings.train, 1e-3).updated  # makes the moments
+    optimizer.register_step_pre_hook(before)
+    with LiveBytes(list(policy.model.parameters()), parameters, state()) as live:
+        optimizer_step(policy, optimizer, samples, settings.train, 1e-3)
+    return found | {
+        "weights": nbytes(policy.model.parameters()),
+        "shards of the weights": nbytes(parameters),
+        "AdamW moments": nbytes(state()),
+        "peak": live.peak,
+    }
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------
@@ -202,6 +280,49 @@ def train(ranks, tree, dies_at=0, interrupted_in=0, servers=False):
     return loop.train(config.parse(tree), notes, ranks), notes.text
 
 
+def train_on_server(ranks, tree, stale=False):
+    """A run on a real vLLM server: what this rank told the engine, and the samples that it trained on, step by step.
+
+    ``stale``: the server never gets other weights than the first.
+    """
+    from aapo_fast import config
+    from aapo_fast.rollout.vllm.client import ServerClient
+    from aapo_fast.rollout.vllm.servers import VLLMServersEngine
+    from aapo_fast.trainer import loop
+    from aapo_fast.trainer.display import Display
+    from aapo_fast.trainer.policy import Policy
+
+    synced, asked, trained = [], [], [[]]
+    sync, generate, load = VLLMServersEngine.sync_weights, VLLMServersEngine.generate, ServerClient.load_from_folder
+    batch, step = Policy.batch, loop.train_step
+
+    def sync_weights(self, version):
+        synced.append(version)
+        sync(self, version)
+
+    def load_from_folder(self, folder):
+        if not stale or folder.endswith("policy-0"):
+            load(self, folder)
+
+    def counted(self, prompts, **options):
+        asked.append(len(prompts) * options["n"])
+        return generate(self, prompts, **options)
+
+    def taken(self, samples):
+        trained[-1] += [(w.sample.prompt_ids, w.sample.token_ids, w.advantage) for w in samples if w.advantage]
+        return batch(self, samples)
+
+    def train_step(*arguments):
+        trained.append([])
+        step(*arguments)
+
+    VLLMServersEngine.sync_weights, VLLMServersEngine.generate = sync_weights, counted
+    ServerClient.load_from_folder = load_from_folder
+    Policy.batch, loop.train_step = taken, train_step
+    loop.train(config.parse(tree), Display(quiet=True), ranks)
+    return synced, sum(asked), trained[1:]
+
+
 def fails(ranks, which, kind):
     """One rank fails in its share of the work, and then all are asked for something else."""
     from aapo_fast.types import UserError
@@ -224,3 +345,29 @@ def told(ranks):
         ranks.on_first(lambda: ranks.rank),
         [t.tolist() for t in ranks.pieces([torch.tensor([ranks.rank])] * ranks.rank)],
     )
+
+
+# --- comparing whole runs -------------------------------------------------------------------------------------------
+
+# The saving of shared prompts depends on where microbatches are cut, and who waits on how many ranks there are.
+TIMES = (*support.TIMES, "engine_sync_seconds", "saved_token_share", "waiting_share")
+BOUND = 1e-3
+"""Of the way that float32 weights have come; see test_ranks.py."""
+
+
+def moved(folder, tiny_model):
+    """The way of the weights from those of ``tiny_model``."""
+    start, end = load_file(tiny_model / "model.safetensors"), load_file(folder / "run" / "model" / "model.safetensors")
+    return torch.cat([(end[name] - start[name]).flatten() for name in sorted(end)])
+
+
+def check_same(one, other, tiny_model):
+    truth = moved(one, tiny_model)
+    assert (moved(other, tiny_model) - truth).norm() < BOUND * truth.norm()
+    for name in ("samples.jsonl", "evaluations.jsonl", "metrics.jsonl"):
+        truth, found = (read_lines(folder / "run" / name) for folder in (one, other))
+        assert len(truth) == len(found)
+        for a, b in zip(truth, found, strict=True):
+            for key in a.keys() - TIMES:
+                expected = pytest.approx(a[key], rel=1e-3, abs=1e-5) if isinstance(a[key], float) else a[key]
+                assert b[key] == expected, (name, key)

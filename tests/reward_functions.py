@@ -104,3 +104,9 @@ def late_letters(completions, prompts, **columns):
     if text[:1] in ("v", "z"):
         raise ValueError("not this one")
     return [sum("n" <= c <= "z" for c in text) / max(1, len(text))]
+
+
+def late_letters_slowly(completions, prompts, **columns):
+    """So that a signal comes in between."""
+    time.sleep(0.02)
+    return late_letters(completions, prompts)

@@ -1,6 +1,11 @@
-"""Small models that vLLM runs on a CPU, and the comparison that catches stale weights."""
+"""Small models that vLLM runs on a CPU, a server of them, and the comparison that catches stale weights."""
 
 import importlib.util
+import json
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
 
 import pytest
 import support
@@ -8,6 +13,8 @@ import torch
 import transformers
 
 from aapo_fast.models.load import load_model
+from aapo_fast.rollout.vllm.client import ServerClient, ServerError
+from aapo_fast.rollout.vllm.process import free_port
 from aapo_fast.rollout.vllm.settings import EngineSettings
 from aapo_fast.types import SamplingParams
 
@@ -81,3 +88,30 @@ def move(model, by=0.3, seed=1):
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter += by * parameter.std() * torch.randn(parameter.shape, generator=generator)
+
+
+@contextmanager
+def serving(folder, model, key):
+    """The address of `aapo-fast serve` for the ``model``, started as a user does, with ``key`` in AAPO_FAST_API_KEY."""
+    path, port = folder / "serve.toml", free_port()
+    path.write_text(
+        f"[model]\npath = {json.dumps(str(model))}\n[data]\nmax_prompt_tokens = 64\n[vllm]\ncpu_kv_cache_gib = 1\n"
+    )
+    command = [sys.executable, "-m", "aapo_fast.cli", "serve", str(path), "--port", str(port)]
+    with (
+        open(folder / "serve.log", "wb") as log,
+        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as server,
+    ):
+        client, deadline = ServerClient(f"http://127.0.0.1:{port}", key, 60), time.monotonic() + 200
+        try:
+            while True:
+                try:
+                    client.check()
+                    break
+                except ServerError:
+                    said = (folder / "serve.log").read_text()
+                    assert server.poll() is None and time.monotonic() < deadline, said
+                    time.sleep(0.5)
+            yield client
+        finally:
+            server.terminate()

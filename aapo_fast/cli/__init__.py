@@ -61,8 +61,8 @@ def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    if arguments.gpu is not None or arguments.memory_gib is not None:
-        raise config.ConfigError("--gpu and --memory-gib are for --plan CONFIG.toml")
+    if (arguments.gpu, arguments.memory_gib, arguments.devices) != (None, None, None):
+        raise config.ConfigError("--gpu, --memory-gib and --devices are for --plan CONFIG.toml")
     from aapo_fast.cli.doctor import doctor
 
     return doctor()
@@ -71,7 +71,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from aapo_fast.cli.plan import show_plan
 
-    return show_plan(config.load(arguments.plan, overrides), arguments.gpu or "h100", arguments.memory_gib)
+    settings = config.load(arguments.plan, overrides)
+    devices = 1 if arguments.devices is None else arguments.devices
+    return show_plan(settings, arguments.gpu or "h100", arguments.memory_gib, devices)
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
@@ -185,11 +187,10 @@ def _parser() -> argparse.ArgumentParser:
         help="what is installed, which implementation will run, and why not the others; what a config will take",
         epilog="Example: aapo-fast doctor --plan CONFIG.toml --gpu h200 --lora.rank 32; with --plan, options of train.",
     )
-    doctor.add_argument(
-        "--plan", type=Path, metavar="CONFIG.toml", help="memory and step time of a run on one device, by arithmetic"
-    )
+    doctor.add_argument("--plan", type=Path, metavar="CONFIG.toml", help="memory and step time of a run, by arithmetic")
     doctor.add_argument("--gpu", metavar="NAME", help="with --plan: a100, h100 (default) or h200")
     doctor.add_argument("--memory-gib", type=float, metavar="X", help="with --plan: of a GPU with another memory")
+    doctor.add_argument("--devices", type=int, metavar="N", help="with --plan: that train together (default: one)")
     quickstart = commands.add_parser(
         "quickstart",
         help="teach a small language model to add, on a CPU, in minutes",

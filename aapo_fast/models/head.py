@@ -59,6 +59,11 @@ def find_decoder(model: Any) -> nn.Module:
     return decoder
 
 
+def find_layers(decoder: nn.Module) -> list[nn.Module]:
+    """Its layers: what is in its lists of modules."""
+    return [layer for child in decoder.children() if isinstance(child, nn.ModuleList) for layer in child]
+
+
 def find_head(model: Any) -> Head:
     """The head of ``model``.
 

@@ -121,24 +121,31 @@ class Scorer:
 
     def _ask(self, request: str, index: int, problem: Problem, completion: str) -> object:
         """The worker's answer; a string is what went wrong."""
-        if self._process is None:
-            self._start()
-        self._wait_until_ready()
-        assert self._pipe is not None
         try:
             message = pickle.dumps((request, index, problem.prompt, completion, dict(problem.columns)))
         except Exception as error:  # pickling runs the code of whatever the row holds
             return f"cannot be given {problem.row}: {type(error).__name__}: {error}"
+        answer, code = self._answer(message)
+        # Batch systems send SIGTERM to every process of a job; it is the trainer's to handle.
+        return self._answer(message)[0] if code == -signal.SIGTERM else answer
+
+    def _answer(self, message: bytes) -> tuple[object, int | None]:
+        """That of one try; and the worker's exit code, if it ended of it."""
+        if self._process is None:
+            self._start()
+        self._wait_until_ready()
+        assert self._pipe is not None and self._process is not None
+        code = None
         try:
             self._pipe.send_bytes(message)
             if self._pipe.poll(self.time_limit_seconds):
-                return self._pipe.recv()
+                return self._pipe.recv(), None
             answer = f"took longer than scoring.time_limit_seconds={self.time_limit_seconds:g}"
         except (EOFError, OSError):
-            code = self._process.wait() if self._process is not None else None
+            code = self._process.wait()
             answer = f"ended its process (exit code {code})"
         self.close()
-        return answer
+        return answer, code
 
     def _start(self) -> None:
         ours, theirs = Pipe()

@@ -87,8 +87,8 @@ def _accumulate(policy: Policy, parts: Sequence[Sequence[Weighted]], num_tokens:
 
 
 def work_of(policy: Policy) -> Work:
-    """FLOP of forward and backward, counted as in ``trainer.plan.train_flops``. An estimate: mixtures of experts and
-    windows take less.
+    """FLOP of forward and backward, counted as in ``trainer.plan_time.train_flops``. An estimate: mixtures of
+    experts and windows take less.
     """
     model, head = policy.model, policy.head.weight
     config = model.config.get_text_config()

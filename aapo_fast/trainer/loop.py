@@ -212,17 +212,21 @@ def _count_nonfinite(run: Run, finite: bool, totals: Totals) -> None:
 
 @contextmanager
 def _stop_on_interrupt(display: Display) -> Iterator[threading.Event]:
-    """The first Ctrl-C or SIGTERM asks the loop to end after its step and save; the second ends at once."""
+    """The first Ctrl-C or SIGTERM asks the loop to end after its step and save; a second Ctrl-C ends at once. SIGTERM
+    comes twice where a batch system sends it to every process of a job and torchrun passes it on.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
-    def ask(*_: object) -> None:
+    def ask(number: int, _: object) -> None:
         if stop.is_set():
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         stop.set()
-        display.note("interrupted: finishing what is under way, then saving; once more to stop at once")
+        display.note("interrupted: finishing what is under way, then saving; Ctrl-C once more to stop at once")
 
     earlier = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

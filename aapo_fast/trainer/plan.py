@@ -1,169 +1,100 @@
-"""What a config will take: bytes of each part of the trainer, and a rough step time. Nothing is loaded or computed.
+"""What a config will take of each device: bytes of each part of the trainer. Nothing is loaded or computed.
 
 Three kinds of lines: ``arithmetic`` is exact, and tests compare it with the tensors of a real run; ``setting`` is what
-the config itself reserves; ``estimate`` is a formula with assumptions that its text names.
+the config itself reserves; ``estimate`` is a formula with assumptions that its text names. Of several devices, one a
+rank, it is the first one's, whose shards are the largest. Shapes: plan_shape.py; seconds: plan_time.py.
 
-Letters: P parameters, P' trained ones, T tokens of a microbatch, L layers, H hidden, I width of the gated MLP, A heads
-x head size, K key-value heads x head size, V vocabulary, G completions a problem, D sequences generated at once.
+Letters: P parameters, P' trained ones, N devices, T tokens of a microbatch, L layers, H hidden, I width of the gated
+MLP, A heads x head size, K key-value heads x head size, V vocabulary, E embedding and head, D sequences generated at
+once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import replace
 
 import torch
 
 from aapo_fast.config import Config
-from aapo_fast.models.load import load_shape
-from aapo_fast.models.lora import add_adapter
 from aapo_fast.ops.linear_policy.sizes import buffer_rows, gpu_budget
+from aapo_fast.trainer.plan_shape import GPU, Part, Phase, Shape
 
 FP32 = 4
-Kind = Literal["arithmetic", "setting", "estimate"]
-Phase = Literal["always", "rollout", "training", "host"]
-
-TRAIN_EFFICIENCY = 0.5
-"""Assumed share of the nominal rate that a step's matrix products reach; an H200's were 0.28 to 0.56, the larger the
-model (docs/scaling.md).
-"""
-DECODE_EFFICIENCY = 0.5
-"""Assumed share of the memory bandwidth that generation reaches; not measured here."""
-HOST_BANDWIDTH, HOST_LINK = 100e9, 25e9
-"""Assumed bytes a second of the host's memory, and between it and the device (PCIe 4, 16 lanes, pinned)."""
 
 
-@dataclass(frozen=True)
-class GPU:
-    """Nominal figures of a device, dense (without sparsity).
-
-    Attributes:
-        memory_bytes: of the device.
-        bf16_flops, fp32_flops: a second, of matrix products.
-        bandwidth: bytes a second.
-    """
-
-    name: str
-    memory_bytes: float
-    bf16_flops: float
-    fp32_flops: float
-    bandwidth: float
-
-
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        GPU("a100", 80e9, 312e12, 19.5e12, 2.04e12),  # NVIDIA A100 datasheet, 80 GB SXM
-        GPU("h100", 80e9, 989e12, 67e12, 3.35e12),  # NVIDIA H100 datasheet, SXM
-        GPU("h200", 141e9, 989e12, 67e12, 4.8e12),  # NVIDIA H200 datasheet, SXM
-    )
-}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the model's config.json decides, and the adapter.
-
-    Attributes:
-        parameters, trained: P, P'; tied ones once.
-        embeddings: those of P in the input embedding and the head.
-        tensors: trained ones, counted.
-        layers, hidden, intermediate, attention, key_value, vocab: L, H, I, A, K, V.
-    """
-
-    parameters: int
-    trained: int
-    embeddings: int
-    tensors: int
-    layers: int
-    hidden: int
-    intermediate: int
-    attention: int
-    key_value: int
-    vocab: int
-
-
-@dataclass(frozen=True)
-class Part:
-    """One line of the plan: bytes, or seconds."""
-
-    name: str
-    amount: float
-    kind: Kind
-    phase: Phase
-    formula: str
-
-
-def read_shape(config: Config) -> Shape:
-    """Of the model that [model] names with the adapter of [lora], from its config.json.
-
-    Raises:
-        UserError: there is none.
-    """
-    model: Any = load_shape(config.model.path)
-    plain = model.config.get_text_config()
-    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    if config.lora.rank:
-        model = add_adapter(model, config.lora.rank, config.lora.alpha, config.lora.target_modules)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    head_size = getattr(plain, "head_dim", None) or plain.hidden_size // plain.num_attention_heads
-    return Shape(
-        parameters=sum(p.numel() for p in model.parameters()),
-        trained=sum(p.numel() for p in trained),
-        embeddings=head.numel() + (0 if embedding is head else embedding.numel()),
-        tensors=len(trained),
-        layers=plain.num_hidden_layers,
-        hidden=plain.hidden_size,
-        intermediate=plain.intermediate_size,
-        attention=plain.num_attention_heads * head_size,
-        key_value=(getattr(plain, "num_key_value_heads", None) or plain.num_attention_heads) * head_size,
-        vocab=head.shape[0],
-    )
-
-
-# --- memory ----------------------------------------------------------------------------------------------------------
-
-
-def memory(config: Config, shape: Shape, gpu: GPU) -> list[Part]:
-    """Bytes by part."""
-    return [*_weights(config, shape), *_training(config, shape), *_rollout(config, shape, gpu)]
+def memory(config: Config, shape: Shape, gpu: GPU, devices: int = 1) -> list[Part]:
+    """Bytes by part, of each of the devices that train."""
+    return [
+        *_weights(config, shape, devices),
+        *_training(config, shape, devices),
+        *_rollout(config, shape, gpu, devices),
+    ]
 
 
 def peak(parts: list[Part]) -> float:
-    """Bytes of what is always on the device, and of the larger phase."""
-    by_phase = {phase: sum(p.amount for p in parts if p.phase == phase) for phase in ("always", "rollout", "training")}
-    return by_phase["always"] + max(by_phase["rollout"], by_phase["training"])
+    """Bytes of what is always on the device, and of the largest phase."""
+    return max(sum(part.amount for part in there) for there in by_phase(parts))
 
 
-def _weights(config: Config, s: Shape) -> Iterator[Part]:
+def by_phase(parts: list[Part]) -> list[list[Part]]:
+    """What is on the device in each phase."""
+    phases: tuple[Phase, ...] = ("start", "rollout", "training")
+    return [[part for part in parts if part.phase in ("always", phase)] for phase in phases]
+
+
+def _weights(config: Config, s: Shape, devices: int) -> Iterator[Part]:
     """Weights, gradients and AdamW's two moments, all in float32, as the trainer has them (``models.load``,
-    ``torch.optim.AdamW(fused=True)``, which also keeps a float32 step count a tensor; ``trainer.offload``).
+    ``torch.optim.AdamW(fused=True)``, which also keeps a float32 step count a tensor; ``trainer.offload``;
+    ``trainer.sharded``, which has the whole weights beside the shards that are trained).
     """
-    yield Part("weights", FP32 * s.parameters, "arithmetic", "always", "4 P")
-    yield Part("gradients", FP32 * s.trained, "arithmetic", "training", "4 P'")
-    moments = FP32 * (2 * s.trained + s.tensors)
+    trained, share = s.shard(devices, trained=True), "" if devices == 1 else " / N"
+    yield Part("weights", FP32 * s.parameters, "arithmetic", "always", "4 P" + (", whole on each" if share else ""))
+    if devices > 1:
+        formula = "4 P / N, rows rounded up"
+        yield Part("shards of the weights", FP32 * s.shard(devices), "arithmetic", "always", formula)
+        formula = "4 P, until it is cut into shards"
+        yield Part("another copy", FP32 * s.parameters, "arithmetic", "start", formula)
+    yield Part("gradients", FP32 * trained, "arithmetic", "training", f"4 P'{share}")
+    moments = FP32 * (2 * trained + s.tensors)
     if config.train.offload_optimizer:
-        formula = "8 P' + 4 a tensor in moments, 8 P' in pinned copies of weights and gradients"
-        yield Part("optimizer on the host", moments + 2 * FP32 * s.trained, "arithmetic", "host", formula)
+        formula = f"8 P'{share} + 4 a tensor in moments, 8 P'{share} in pinned copies of weights and gradients"
+        yield Part("optimizer on the host", moments + 2 * FP32 * trained, "arithmetic", "host", formula)
     else:
-        yield Part("AdamW moments", moments, "arithmetic", "always", "8 P' + 4 a tensor; from step 1")
+        yield Part("AdamW moments", moments, "arithmetic", "always", f"8 P'{share} + 4 a tensor; from step 1")
     if config.reference.mode == "online" and not config.lora.rank and config.rollout.engine == "hf":
         yield Part("frozen reference", FP32 * s.parameters, "arithmetic", "always", "4 P, a copy on the device")
 
 
-def _training(config: Config, s: Shape) -> Iterator[Part]:
-    rows = config.train.max_microbatch_tokens
+def _training(config: Config, s: Shape, devices: int) -> Iterator[Part]:
+    rows, pieces = config.train.max_microbatch_tokens, config.model.vocabulary_parallel
     formula = "L T (26H + 10A + 4K + 8I) + 2 P" if in_bfloat16(config) else "4 L T (6H + 4A + 2K + 4I) + masks"
     if config.model.activation_checkpointing != "none":
         formula = f"{config.model.activation_checkpointing} activation checkpointing"
     yield Part("activations", activation_bytes(config, s), "estimate", "training", formula)
-    logits = head_buffer_bytes(rows, s, on_gpu=True)
-    yield Part("head: logits", logits, "arithmetic", "training", "4 C V, chunks of C rows of T")
+    if devices > 1:
+        formula = "4 a number in three layers" + ("" if pieces else ", and in embedding, last norm and head")
+        yield Part("gathered weights", gathered_bytes(s, pieces), "estimate", "training", formula)
     wanted = s.vocab * s.hidden if not config.lora.rank else 0
-    yield Part(
-        "head: gradients", FP32 * (wanted + 2 * rows * s.hidden), "arithmetic", "training", "4 V H (full) + 8 T H"
-    )
+    gradients, formula = FP32 * (wanted + 2 * rows * s.hidden), "4 V H (full) + 8 T H"
+    if pieces:  # of the tokens of all ranks, by this rank's rows
+        rows, s = devices * rows, replace(s, vocab=-(-s.vocab // devices))
+        wanted = s.vocab * s.hidden if not config.lora.rank else 0
+        gradients, formula = FP32 * (wanted + 3 * rows * s.hidden), "4 V H / N (full) + 12 N T H"
+    logits = head_buffer_bytes(rows, s, on_gpu=True)
+    how = "4 C V / N, chunks of C rows of N T" if pieces else "4 C V, chunks of C rows of T"
+    yield Part("head: logits", logits, "arithmetic", "training", how)
+    yield Part("head: gradients", gradients, "arithmetic", "training", formula)
+
+
+def gathered_bytes(s: Shape, pieces: bool) -> float:
+    """Of weights that FSDP2 has whole for a time: embedding, last norm and head from forward to backward, unless the
+    first and the last are in ``pieces``; and in the backward pass a layer, the one that is fetched meanwhile, and the
+    gradient of the one before.
+
+    The gradient of embedding and head is whole only when the activations are gone, whose room it then takes.
+    """
+    return FP32 * (3 * s.layer + s.rest - (s.embeddings if pieces else 0))
 
 
 def activation_bytes(config: Config, s: Shape) -> float:
@@ -216,8 +147,8 @@ def head_buffer_bytes(rows: int, s: Shape, on_gpu: bool) -> float:
     return FP32 * chunk * s.vocab
 
 
-def _rollout(config: Config, s: Shape, gpu: GPU) -> Iterator[Part]:
-    if _elsewhere(config):
+def _rollout(config: Config, s: Shape, gpu: GPU, devices: int) -> Iterator[Part]:
+    if elsewhere(config):
         return
     if config.rollout.engine != "hf":
         share, beside = config.vllm.gpu_memory_utilization, config.rollout.engine == "vllm_server"
@@ -227,7 +158,7 @@ def _rollout(config: Config, s: Shape, gpu: GPU) -> Iterator[Part]:
         if beside:
             yield _shared_with_server(config, s)
         return
-    sequences, length = _sequences_at_once(config), config.data.max_prompt_tokens + config.rollout.max_tokens
+    sequences, length = _sequences_at_once(config, devices), longest(config)
     cache = FP32 * 2 * s.layers * s.key_value * sequences * length
     yield Part("KV cache", cache, "arithmetic", "rollout", "8 L K a token of D sequences of full length")
     # draw_tokens: logits, divided by the temperature, shifted, exponentiated; below a top-p of 1 a sort and its order.
@@ -241,73 +172,44 @@ def _shared_with_server(config: Config, s: Shape) -> Part:
     """What ``rollout.vllm.transfer`` publishes, for the policy and for a reference that is drawn anew each step."""
     merged = s.parameters - (s.trained if config.lora.rank else 0)
     sent = merged - s.embeddings + 2 * s.vocab * s.hidden
-    width = _engine_width(config) * (2 if config.reference.mode == "online" else 1)
+    width = engine_width(config) * (2 if config.reference.mode == "online" else 1)
     return Part("copies for vLLM", width * sent, "arithmetic", "always", f"{width} P, a tied head counted again")
 
 
-def _elsewhere(config: Config) -> bool:
+def serving(config: Config, s: Shape, gpu: GPU) -> list[Part]:
+    """Bytes of each GPU of a vLLM server that has its own, of the trainer's kind: vLLM's share of it."""
+    width, split = engine_width(config), config.vllm.tensor_parallel_size
+    share, among = config.vllm.gpu_memory_utilization, "" if split == 1 else f" / {split}"
+    weights = width * s.parameters / split
+    left = share * gpu.memory_bytes - weights
+    return [
+        Part("weights", weights, "estimate", "always", f"{width} P{among}"),
+        Part("KV cache", left, "setting", "always", f"what is left of {share:g} of it, and vLLM's activations"),
+    ]
+
+
+def served_at_once(config: Config, s: Shape, cache_bytes: float) -> int:
+    """Completions of full length, with their prompts, for which a server's KV cache has room."""
+    token = 2 * engine_width(config) * s.layers * s.key_value / config.vllm.tensor_parallel_size
+    return int(max(0.0, cache_bytes) // (token * longest(config)))
+
+
+def longest(config: Config) -> int:
+    """Tokens of a prompt and a completion at most."""
+    return config.data.max_prompt_tokens + config.rollout.max_tokens
+
+
+def elsewhere(config: Config) -> bool:
     """Whether rollouts are other devices' work."""
     return config.rollout.engine == "vllm_server" and config.vllm.transfer != "ipc"
 
 
-def _engine_width(config: Config) -> int:
+def engine_width(config: Config) -> int:
     """Bytes of a number in vLLM on a GPU."""
     return FP32 if config.vllm.dtype == "float32" else 2
 
 
-def _sequences_at_once(config: Config) -> int:
-    return min(config.rollout.max_batch_size, config.rollout.prompts_per_step * config.rollout.group_size)
-
-
-# --- time ------------------------------------------------------------------------------------------------------------
-
-
-def seconds(config: Config, shape: Shape, gpu: GPU) -> list[Part]:
-    """Of one step at most: completions as long as they may be, all with a weight."""
-    completions = config.rollout.prompts_per_step * config.rollout.group_size
-    length = config.data.max_prompt_tokens + config.rollout.max_tokens
-    tokens = config.rollout.prompts_per_step * config.data.max_prompt_tokens + completions * config.rollout.max_tokens
-    times = 2 if config.reference.mode == "online" else 1
-    parts = []
-    if not _elsewhere(config):
-        parts.append(_generation(config, shape, gpu, completions * times, length))
-    flops = train_flops(config, shape, tokens, length)
-    rate, kind = (gpu.bf16_flops, "bfloat16") if in_bfloat16(config) else (gpu.fp32_flops, "float32")
-    again = {"none": 1.0, "selective": 1.0, "full": 4 / 3}[config.model.activation_checkpointing]
-    formula = f"{again * flops:.3g} FLOP at {TRAIN_EFFICIENCY:g} of {rate / 1e12:g} TFLOP/s ({kind})"
-    parts.append(Part("train", again * flops / (rate * TRAIN_EFFICIENCY), "estimate", "training", formula))
-    if config.train.offload_optimizer:
-        parts.append(_host_step(shape))
-    return parts
-
-
-def _host_step(s: Shape) -> Part:
-    """Gradients down, weights up, and between the two AdamW, which reads four numbers a parameter and writes three."""
-    copies, arithmetic = 2 * FP32 * s.trained / HOST_LINK, 7 * FP32 * s.trained / HOST_BANDWIDTH
-    formula = f"8 P' at {HOST_LINK / 1e9:g} GB/s and 28 P' at {HOST_BANDWIDTH / 1e9:g}, one after the other"
-    return Part("optimizer", copies + arithmetic, "estimate", "host", formula)
-
-
-def train_flops(config: Config, s: Shape, tokens: int, length: int) -> float:
-    """Of forward and backward: 6 a token and parameter of the layers, 4 where the weights are frozen (Kaplan et
-    al., arXiv 2001.08361, section 2.1), 6 A a token, layer and key before it for the causal half of attention, and the
-    head's 6 N H V (exact; 4 where it is frozen; a third with sparse rows). T counts a prompt once.
-    """
-    matrices = (4 if config.lora.rank else 6) * (s.parameters - s.embeddings) * tokens
-    attention = 6 * s.attention * s.layers * length * tokens
-    dense = 4 if config.lora.rank else 6  # an adapter leaves the head as it is
-    head = (2 if config.loss.backward == "sparse" else dense) * tokens * s.hidden * s.vocab
-    return float(matrices + attention + head)
-
-
-def _generation(config: Config, s: Shape, gpu: GPU, completions: int, length: int) -> Part:
-    """A step of decoding reads all weights and the cache of the sequences so far (half of it on average): bound by the
-    memory, as in Pope et al., arXiv 2211.05102, section 2.
-    """
-    width = _engine_width(config) if config.rollout.engine != "hf" else 2 if in_bfloat16(config) else FP32
-    batches = -(-completions // config.rollout.max_batch_size)
-    sequences = -(-completions // batches)
-    read = width * (s.parameters + s.layers * s.key_value * sequences * length)
-    amount = batches * config.rollout.max_tokens * read / (gpu.bandwidth * DECODE_EFFICIENCY)
-    formula = f"{batches * config.rollout.max_tokens} decoding steps that read {read / 2**30:.1f} GiB each"
-    return Part("rollout", amount, "estimate", "rollout", formula + f", at {DECODE_EFFICIENCY:g} of the bandwidth")
+def _sequences_at_once(config: Config, devices: int) -> int:
+    """Of one rank: prompts are dealt out whole."""
+    prompts = -(-config.rollout.prompts_per_step // devices)
+    return min(config.rollout.max_batch_size, prompts * config.rollout.group_size)

@@ -220,6 +220,19 @@ def check_ranks(config: Config, world: int) -> None:
         raise ConfigError(f"rollout.max_staleness=1 is for one rank, and there are {world}; set it to 0")
 
 
+def rows_a_rank(num_rows: int, world: int) -> int:
+    """Rows of a vocabulary in each part, but the last, of embedding and head in pieces; raises UserError if that would
+    leave the last rank none.
+    """
+    width = -(-num_rows // world)
+    if width * (world - 1) >= num_rows:
+        raise UserError(
+            f"model.vocabulary_parallel=true: {num_rows} tokens in parts of {width} are too few for {world} ranks, the "
+            "last would have none; leave it at false"
+        )
+    return width
+
+
 def _takes_gpu(config: Config, world: int) -> bool:
     """Whether ranks train on CUDA, each on a GPU of its own: then this one's is the current device from now on."""
     check_ranks(config, world)

@@ -29,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from aapo_fast.data.packing import Weighted
+from aapo_fast.models.head import find_layers
 from aapo_fast.ops.linear_policy import PolicyLoss
 from aapo_fast.ops.linear_policy.sharded import whole
 from aapo_fast.trainer.policy import Policy
@@ -60,7 +61,7 @@ class ShardedPolicy(Policy):
         )
         self.trained = self._root.model
         in_pieces = {parameter for parameter in own.parameters() if isinstance(parameter.data, DTensor)}
-        for module in (*_layers(self._root.policy.decoder), self._root):
+        for module in (*find_layers(self._root.policy.decoder), self._root):
             fully_shard(module, mesh=mesh, ignored_params=in_pieces)
         for module in self._root.modules():
             if isinstance(module, FSDPModule):
@@ -104,7 +105,3 @@ class _Root(nn.Module):
     def forward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         out = self.policy.loss(*arguments)
         return out.loss, out.logps, out.entropy
-
-
-def _layers(decoder: nn.Module) -> list[nn.Module]:
-    return [layer for child in decoder.children() if isinstance(child, nn.ModuleList) for layer in child]

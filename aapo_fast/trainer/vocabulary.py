@@ -31,7 +31,7 @@ from torch.nn import functional
 from aapo_fast.models.head import Head
 from aapo_fast.ops.linear_policy import IGNORE_INDEX, PolicyLoss, VocabularyShard
 from aapo_fast.trainer.policy import Policy
-from aapo_fast.trainer.ranks import Ranks
+from aapo_fast.trainer.ranks import Ranks, rows_a_rank
 from aapo_fast.types import Batch, UserError
 
 
@@ -150,13 +150,7 @@ def _local(weight: Tensor) -> Tensor:
 
 def _cut(model: nn.Module, weight: Tensor, mesh: DeviceMesh) -> None:
     """Put this rank's shard in the place of a parameter, wherever in the model it is."""
-    num_rows, first = weight.shape[0], first_row(weight.shape[0], mesh)
-    width = -(-num_rows // mesh.size())
-    if width * (mesh.size() - 1) >= num_rows:
-        raise UserError(
-            f"model.vocabulary_parallel=true: {num_rows} tokens in parts of {width} are too few for {mesh.size()} "
-            "ranks, the last would have none; leave it at false"
-        )
+    width, first = rows_a_rank(weight.shape[0], mesh.size()), first_row(weight.shape[0], mesh)
     mine = weight.detach()[first : first + width].clone()
     shard = DTensor.from_local(mine, mesh, [Shard(0)], shape=weight.shape, stride=weight.stride())
     parameter = nn.Parameter(shard, weight.requires_grad)

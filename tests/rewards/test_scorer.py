@@ -1,7 +1,9 @@
 """Reward functions in their worker: the built-in ones, and every way in which one can fail."""
 
 import math
+import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -63,6 +65,20 @@ def test_a_reward_that_dies_by_a_signal_is_missing_and_the_next_one_is_scored(nu
         assert math.isnan(score.reward)
         assert score.failure == f"reward reward_functions:dies_by ended its process (exit code {-number})"
         assert s.score(support.problem(number=int(number)), "good").reward == 1.0
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_sigterm_from_outside_costs_no_reward(busy):
+    """As a batch system sends it to every process of a job that is to save and end."""
+    with scorer("reward_functions:starts_with_answer_slowly") as s:
+        assert s.score(support.problem(answer="c"), "c").reward == 1.0
+        first = s._process.pid
+        timer = threading.Timer(0.02 if busy else 0.0, os.kill, (first, signal.SIGTERM))
+        timer.start()
+        if not busy:
+            timer.join()
+            s._process.wait()
+        assert s.score(support.problem(answer="c"), "c").reward == 1.0 and s._process.pid != first
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from aapo_fast.data.packing import Weighted
 from aapo_fast.models.load import take_over_attention
 from aapo_fast.models.recompute import recompute_layers
 from aapo_fast.rollout.vllm.weights import named_weights, size_bytes
-from aapo_fast.trainer import plan
+from aapo_fast.trainer import plan, plan_shape, plan_time
 from aapo_fast.trainer.policy import Policy
 from aapo_fast.trainer.step import make_optimizer, optimizer_step
 
@@ -27,7 +27,7 @@ SIZES = support.SIZES | {
     "num_hidden_layers": 3,
     "max_position_embeddings": 1024,
 }
-H100 = plan.GPUS["h100"]
+H100 = plan_shape.GPUS["h100"]
 
 
 def save(folder, **changes):
@@ -44,7 +44,7 @@ def make(folder, lora=0, **rollout):
 
 
 def parts(settings):
-    return {part.name: part for part in plan.memory(settings, plan.read_shape(settings), H100)}
+    return {part.name: part for part in plan.memory(settings, plan_shape.read_shape(settings), H100)}
 
 
 def nbytes(tensors):
@@ -57,13 +57,13 @@ def test_a_server_on_the_trainers_gpu_has_its_share_and_what_it_copies(tmp_path,
     settings = make(save(tmp_path, tie_word_embeddings=tied), lora, engine="vllm_server")
     elsewhere = parts(settings)
     assert not {"vLLM", "copies for vLLM"} & set(elsewhere)
-    assert [part.name for part in plan.seconds(settings, plan.read_shape(settings), H100)] == ["train"]
+    assert [part.name for part in plan_time.seconds(settings, plan_shape.read_shape(settings), H100)] == ["train"]
     vllm, reference = replace(settings.vllm, transfer="ipc"), replace(settings.reference, mode=mode)
     settings = replace(settings, vllm=vllm, reference=reference)
     found, policy = parts(settings), Policy.from_config(settings.model, 1.0, settings.loss, settings.lora)
     assert found["vLLM"].amount == 0.4 * H100.memory_bytes and found["vLLM"].phase == "always"
     assert found["copies for vLLM"].amount == copies * size_bytes(named_weights(policy.model, torch.bfloat16))
-    assert "rollout" in [part.name for part in plan.seconds(settings, plan.read_shape(settings), H100)]
+    assert "rollout" in [part.name for part in plan_time.seconds(settings, plan_shape.read_shape(settings), H100)]
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}], ids=str)
@@ -119,18 +119,18 @@ def test_activations_are_within_a_tenth_of_what_autograd_keeps(tmp_path, prompt,
     settings, planned, found = activations(tmp_path, prompt, completion, count, precision, "none")
     assert planned == pytest.approx(found, rel=0.1)
     kept = [
-        plan.activation_bytes(with_model(settings, activation_checkpointing=kind), plan.read_shape(settings))
+        plan.activation_bytes(with_model(settings, activation_checkpointing=kind), plan_shape.read_shape(settings))
         for kind in ("none", "selective", "full")
     ]
     assert kept[0] > kept[1] > kept[2]
-    flash = plan.activation_bytes(with_model(settings, attention="auto"), plan.read_shape(settings))
+    flash = plan.activation_bytes(with_model(settings, attention="auto"), plan_shape.read_shape(settings))
     assert flash < planned if precision == "bfloat16" else flash == planned
 
 
 def test_checkpointed_layers_keep_their_inputs(tmp_path):
     """And their products, selectively, which no hook sees. The layer that is there whole comes in the backward pass."""
     settings, planned, found = activations(tmp_path, 32, 96, 8, "float32", "full")
-    shape = plan.read_shape(settings)
+    shape = plan_shape.read_shape(settings)
     whole = plan.activation_bytes(with_model(settings, activation_checkpointing="none"), shape)
     assert planned - found == pytest.approx(whole / shape.layers, rel=0.1)
 
@@ -159,7 +159,7 @@ def activations(tmp_path, prompt, completion, count, precision, checkpointing):
     tree["data"]["max_prompt_tokens"], tree["train"]["max_microbatch_tokens"] = prompt, batch.input_ids.numel() + count
     tree["model"] |= {"precision": precision, "attention": "sdpa", "activation_checkpointing": checkpointing}
     settings = config.parse(tree)
-    return settings, plan.activation_bytes(settings, plan.read_shape(settings)), found
+    return settings, plan.activation_bytes(settings, plan_shape.read_shape(settings)), found
 
 
 @pytest.mark.parametrize(("rows", "vocab"), [(512, 32768), (2048, 32768), (1024, 98304)])
@@ -168,7 +168,7 @@ def test_the_heads_buffer_is_what_a_child_process_takes(rows, vocab):
     found = measured.peak_on_cpu(case, "exact:torch", seed=0)
     if found is None:
         pytest.skip("this kernel does not reset the peak of the resident set")
-    shape = plan.Shape(0, 0, 0, 0, 1, 64, 1, 64, 64, vocab)
+    shape = plan_shape.Shape((), 0, 0, 0, 1, 64, 1, 64, 64, vocab)
     planned = plan.head_buffer_bytes(rows, shape, on_gpu=False)
     # Beside the buffer: the row kernels' temporaries, in plain PyTorch a few blocks of rows in cache. Pages that the
     # child gave back meanwhile make the figure a little smaller.
@@ -177,7 +177,7 @@ def test_the_heads_buffer_is_what_a_child_process_takes(rows, vocab):
 
 def test_the_heads_buffer_on_a_gpu_stays_below_its_limit():
     for vocab in (49152, 151936, 256000):
-        shape = plan.Shape(0, 0, 0, 0, 1, 64, 1, 64, 64, vocab)
+        shape = plan_shape.Shape((), 0, 0, 0, 1, 64, 1, 64, 64, vocab)
         assert 0.4 * 2**30 < plan.head_buffer_bytes(8192, shape, on_gpu=True) < 2**30
 
 
@@ -192,7 +192,7 @@ def test_flops_of_a_run_are_those_that_torch_counts(tmp_path, tied):
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     settings = make(save(tmp_path, **changes))
-    planned = plan.train_flops(settings, plan.read_shape(settings), 512, 256)
+    planned = plan_time.train_flops(settings, plan_shape.read_shape(settings), 512, 256)
     # Eager attention computes the half above the diagonal, too: 6 A a token, layer and key once more.
     whole_square = 6 * 256 * 3 * 256 * 512
     assert planned + whole_square == pytest.approx(counter.get_total_flops(), rel=0.01)
@@ -200,7 +200,7 @@ def test_flops_of_a_run_are_those_that_torch_counts(tmp_path, tied):
 
 def test_the_peak_is_of_what_is_there_at_once():
     def part(amount, phase):
-        return plan.Part("", amount, "arithmetic", phase, "")
+        return plan_shape.Part("", amount, "arithmetic", phase, "")
 
     assert plan.peak([part(5, "always"), part(3, "rollout"), part(2, "training"), part(4, "training")]) == 11
     assert plan.peak([part(5, "always"), part(9, "rollout"), part(2, "training")]) == 14

@@ -8,11 +8,8 @@ import sys
 
 import pytest
 import ranks_support
-import support
-import torch
-from ranks_support import Raised, on_ranks, results
+from ranks_support import Raised, check_same, on_ranks, results
 from resume_support import make_tree, steps
-from safetensors.torch import load_file
 from torch import distributed as dist
 
 from aapo_fast import config
@@ -22,35 +19,12 @@ from aapo_fast.types import UserError
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
-# The saving of shared prompts depends on where microbatches are cut, and who waits on how many ranks there are.
-TIMES = (*support.TIMES, "saved_token_share", "waiting_share")
-BOUND = 1e-3
-"""Of the way that float32 weights have come; see test_ranks.py."""
-
 
 def in_folder(folder, tiny_model, **changes):
     """A run of five groups a step, which no number of ranks here divides."""
     folder.mkdir()
     tree = make_tree(folder, tiny_model, **({"rollout__prompts_per_step": 5, "eval__every": 2} | changes))
     return tree | {"train": tree["train"] | {"max_microbatch_tokens": 80}}
-
-
-def moved(folder, tiny_model):
-    """The way of the weights from those of ``tiny_model``."""
-    start, end = load_file(tiny_model / "model.safetensors"), load_file(folder / "run" / "model" / "model.safetensors")
-    return torch.cat([(end[name] - start[name]).flatten() for name in sorted(end)])
-
-
-def check_same(one, other, tiny_model):
-    truth = moved(one, tiny_model)
-    assert (moved(other, tiny_model) - truth).norm() < BOUND * truth.norm()
-    for name in ("samples.jsonl", "evaluations.jsonl", "metrics.jsonl"):
-        truth, found = (read_lines(folder / "run" / name) for folder in (one, other))
-        assert len(truth) == len(found)
-        for a, b in zip(truth, found, strict=True):
-            for key in a.keys() - TIMES:
-                expected = pytest.approx(a[key], rel=1e-3, abs=1e-5) if isinstance(a[key], float) else a[key]
-                assert b[key] == expected, (name, key)
 
 
 @pytest.fixture(scope="module")
