@@ -25,7 +25,7 @@ import torch
 
 from aapo_fast.bench import inputs, machine, shapes
 from aapo_fast.ops import native
-from aapo_fast.ops.linear_policy import memory
+from aapo_fast.ops.linear_policy.memory import aligned
 from aapo_fast.ops.linear_policy.rows_native import TILE, NativeRows
 from aapo_fast.ops.linear_policy.rows_torch import even_parts
 from aapo_fast.ops.linear_policy.sizes import CHUNK_BYTES, CHUNK_ROWS
@@ -49,7 +49,7 @@ class Chunk:
         self.hidden, self.weight = self.problem.hidden.detach()[:rows], self.problem.weight.detach()
         self.targets, self.weights = self.problem.targets[:rows], self.problem.token_weights[:rows]
         self.products = self.hidden @ self.weight.t()
-        self.logits = memory.aligned(*self.products.shape, torch.float32, self.products.device).copy_(self.products)
+        self.logits = aligned(*self.products.shape, torch.float32, self.products.device).copy_(self.products)
         self.kernels = NativeRows(self.logits, sparse=True)
         self.plain = NativeRows(self.logits)
         self.uniforms = row_uniforms(0, torch.arange(rows))
@@ -57,8 +57,7 @@ class Chunk:
         self.blocks = [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
         self.stats = [finish(self.sweep_1(block)) for block in self.blocks]
         self.entries = self.all_entries()
-        self.d_hidden = torch.zeros_like(self.hidden)
-        self.d_weight = memory.zeros(self.weight.shape, torch.float32, self.weight.device)
+        self.d_hidden, self.d_weight = torch.zeros_like(self.hidden), torch.zeros_like(self.weight)
 
     def sweep_1(self, block: slice, keep: bool = True):
         kernels = self.kernels if keep else self.plain

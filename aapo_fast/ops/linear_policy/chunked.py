@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from aapo_fast.objectives import LinearWeights
-from aapo_fast.ops.linear_policy import memory
 from aapo_fast.ops.linear_policy import targets as at_targets
+from aapo_fast.ops.linear_policy.memory import aligned
 from aapo_fast.ops.linear_policy.products import Products
 from aapo_fast.ops.linear_policy.rows_torch import TorchRows
 from aapo_fast.ops.linear_policy.sharded import VocabularyShard
@@ -150,7 +150,7 @@ class Pass:
         weight_bytes = columns * self.hidden.shape[1] * self.products.weight.itemsize
         budget = gpu_budget(weight_bytes) if device.type == "cuda" else 0
         self.chunk_rows, self.panel_rows = buffer_rows(num_rows, columns, self.dtype, narrow, budget, num_panels)
-        self._logits = [memory.aligned(self.panel_rows, vocab, self.dtype, device) for _ in range(num_panels)]
+        self._logits = [aligned(self.panel_rows, vocab, self.dtype, device) for _ in range(num_panels)]
         self._gradient_rows: Tensor | None = None
         self._first_row = 0
 
@@ -178,7 +178,7 @@ class Pass:
         if self._gradient_rows is None:
             width, device = self._logits[0].shape[1], self.hidden.device
             narrow = self.products.gradient_dtype
-            made = self._logits[0] if self._in_place else memory.aligned(self.chunk_rows, width, narrow, device)
+            made = self._logits[0] if self._in_place else aligned(self.chunk_rows, width, narrow, device)
             self._gradient_rows = made
         return self._gradient_rows[rows.start - self._first_row : rows.stop - self._first_row]
 
@@ -280,7 +280,7 @@ class Pass:
                 self.products.hidden_gradient(d, self._d_hidden[rows])
             if self.wanted[1]:
                 first = self._d_weight is None
-                d_weight = self._weight_gradient(memory.empty)
+                d_weight = self._weight_gradient(torch.empty)
                 self.products.weight_gradient(d, rows, d_weight[: self.call.vocab_size], add=not first)
             if self._d_bias is not None:
                 self._d_bias[: self.call.vocab_size] += d.sum(0, dtype=self.dtype)
@@ -289,7 +289,7 @@ class Pass:
     def _weight_gradient(self, make: Callable[..., Tensor]) -> Tensor:
         """The accumulator. The first dense rows write it instead of adding to zeros, which need not be made."""
         if self._d_weight is None:
-            self._d_weight = make(self._weight_shape, self.dtype, self.hidden.device)
+            self._d_weight = make(self._weight_shape, dtype=self.dtype, device=self.hidden.device)
             self._d_weight[self.call.vocab_size :] = 0
         return self._d_weight
 
@@ -303,7 +303,7 @@ class Pass:
         if self._d_hidden is not None:
             self.kernels.add_times_weight(entries, self.products.weight, self._d_hidden[rows])
         if self.wanted[1] and spend_weight:
-            self.kernels.add_transposed_times(entries, hidden, self._weight_gradient(memory.zeros)[:live])
+            self.kernels.add_transposed_times(entries, hidden, self._weight_gradient(torch.zeros)[:live])
         if self._d_bias is not None:
             # A product with ones, and not a scatter: that would add in any order on a GPU.
             ones = hidden.new_ones(len(hidden), 1, dtype=self.dtype)
@@ -324,7 +324,7 @@ class Pass:
         late = self._late_weight_gradient(value)
         self._flush(spend_weight=late is None)
         if self.wanted[1] and late is None:
-            self._weight_gradient(memory.zeros)
+            self._weight_gradient(torch.zeros)
         self._add_targets(value)
         if self.call.shard is not None and self._d_hidden is not None:
             self.call.shard.sum_(self._d_hidden)

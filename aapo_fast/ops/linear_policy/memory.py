@@ -1,13 +1,7 @@
-"""Large tensors of a pass: chunks of logits, gradient rows, the accumulator of dW.
-
-On a CPU they lie in pages of 2 MiB where Linux grants them to who asks ("madvise", its usual setting). They are new
-memory in every call: in pages of 4 KiB their first touch costs tens of thousands of faults, and each tile and each row
-of dW that sparse rows visit a miss of the TLB. docs/LOG.md has what that brings.
-"""
+"""The buffers of a pass: logits and gradient rows of a chunk."""
 
 from __future__ import annotations
 
-import math
 import mmap
 
 import torch
@@ -17,29 +11,26 @@ HUGE_PAGE = 2 * 2**20
 
 
 def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(rows, columns), uninitialised; on a GPU rows start at multiples of 256 bytes, for the vendor's fast products."""
+    """(rows, columns), uninitialised. On a GPU rows start at multiples of 256 bytes, for the vendor's fastest products.
+
+    On a CPU it lies in pages of 2 MiB where Linux grants them to who asks ("madvise", its usual setting). It is new
+    memory in every call: in pages of 4 KiB the first touch costs tens of thousands of faults, and each tile that sparse
+    rows open a miss of the TLB. (dW does not: its pages outlive the call, and most of them may stay untouched.)
+    """
+    if device.type == "cpu":
+        return _in_huge_pages(rows * columns, dtype).view(rows, columns)
     unit = 256 // dtype.itemsize if device.type == "cuda" else 1
-    return empty((rows, -(-columns // unit) * unit), dtype, device)[:, :columns]
+    return torch.empty(rows, -(-columns // unit) * unit, dtype=dtype, device=device)[:, :columns]
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    memory = _huge_pages(shape, dtype, device)
-    return torch.empty(shape, dtype=dtype, device=device) if memory is None else memory
-
-
-def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    memory = _huge_pages(shape, dtype, device)  # the system hands out zeros
-    return torch.zeros(shape, dtype=dtype, device=device) if memory is None else memory
-
-
-def _huge_pages(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """Zeros in huge pages; None for what is small, for other devices and where there are none."""
-    size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return None
-    try:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them, or no memory: PyTorch says that in its own words
-        return None
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+def _in_huge_pages(numel: int, dtype: torch.dtype) -> Tensor:
+    """So many numbers; in ordinary memory if they are few or the system has no such pages."""
+    size = numel * dtype.itemsize
+    if size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            return torch.frombuffer(memory, dtype=dtype)
+        except OSError:  # a kernel without them, or no memory: PyTorch says that in its own words
+            pass
+    return torch.empty(numel, dtype=dtype, device="cpu")
