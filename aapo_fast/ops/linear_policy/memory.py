@@ -3,6 +3,9 @@
 On a CPU they lie in pages of 2 MiB where Linux grants them to who asks ("madvise", its usual setting). They are new
 memory in every call: in pages of 4 KiB their first touch costs tens of thousands of faults, and each tile and each row
 of dW that sparse rows visit a miss of the TLB. docs/LOG.md has what that brings.
+
+Such a tensor is one of `torch.frombuffer`: all that a tensor can but change the size of its storage. dW may become the
+user's `.grad`; DDP and both FSDPs reduce it as it is.
 """
 
 from __future__ import annotations
