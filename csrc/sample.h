@@ -18,7 +18,7 @@ constexpr int64_t ONE = int64_t(1) << FRACTION;
 constexpr double LONGEST = 2.0 * TILE * ONE; // no tile's dust is as long
 constexpr int64_t TILES_A_PANEL = PANEL / TILE;
 constexpr int64_t STRETCH = 64 * TILES_A_PANEL; // tiles that are listed together
-constexpr int64_t AHEAD = 16;                    // tiles that are fetched before they are opened
+constexpr int64_t AHEAD = 16;                   // tiles that are fetched before they are opened
 
 inline int64_t whole(int64_t stands) { return stands >> FRACTION; }
 

@@ -141,18 +141,25 @@ AAPO_INLINE uint32_t lanes_of(LongBits holds) {
 #endif
 }
 
+// Lanes of two vectors, numbered on from `low` to `high`. GCC has Clang's builtin only since 12.
+#ifdef __clang__
+#define AAPO_SHUFFLE(low, high, Indices, ...) __builtin_shufflevector(low, high, __VA_ARGS__)
+#else
+#define AAPO_SHUFFLE(low, high, Indices, ...) __builtin_shuffle(low, high, Indices{__VA_ARGS__})
+#endif
+
 // Lane i: the sum of the first i + 1 lanes.
 AAPO_INLINE Longs running_sum(Longs v) {
   const Longs none{};
 #if AAPO_WIDTH == 16
-  v += __builtin_shufflevector(none, v, 0, 8, 9, 10, 11, 12, 13, 14);
-  v += __builtin_shufflevector(none, v, 0, 0, 8, 9, 10, 11, 12, 13);
-  v += __builtin_shufflevector(none, v, 0, 0, 0, 0, 8, 9, 10, 11);
+  v += AAPO_SHUFFLE(none, v, Longs, 0, 8, 9, 10, 11, 12, 13, 14);
+  v += AAPO_SHUFFLE(none, v, Longs, 0, 0, 8, 9, 10, 11, 12, 13);
+  v += AAPO_SHUFFLE(none, v, Longs, 0, 0, 0, 0, 8, 9, 10, 11);
 #elif AAPO_WIDTH == 8
-  v += __builtin_shufflevector(none, v, 0, 4, 5, 6);
-  v += __builtin_shufflevector(none, v, 0, 0, 4, 5);
+  v += AAPO_SHUFFLE(none, v, Longs, 0, 4, 5, 6);
+  v += AAPO_SHUFFLE(none, v, Longs, 0, 0, 4, 5);
 #else
-  v += __builtin_shufflevector(none, v, 0, 2);
+  v += AAPO_SHUFFLE(none, v, Longs, 0, 2);
 #endif
   return v;
 }
@@ -171,17 +178,17 @@ AAPO_INLINE Longs to_longs(Doubles v) { return __builtin_convertvector(v, Longs)
 AAPO_INLINE Floats running_sum(Floats v) {
   const Floats none{};
 #if AAPO_WIDTH == 16
-  v += __builtin_shufflevector(none, v, 0, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30);
-  v += __builtin_shufflevector(none, v, 0, 0, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29);
-  v += __builtin_shufflevector(none, v, 0, 0, 0, 0, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27);
-  v += __builtin_shufflevector(none, v, 0, 0, 0, 0, 0, 0, 0, 0, 16, 17, 18, 19, 20, 21, 22, 23);
+  v += AAPO_SHUFFLE(none, v, Ints, 0, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30);
+  v += AAPO_SHUFFLE(none, v, Ints, 0, 0, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29);
+  v += AAPO_SHUFFLE(none, v, Ints, 0, 0, 0, 0, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27);
+  v += AAPO_SHUFFLE(none, v, Ints, 0, 0, 0, 0, 0, 0, 0, 0, 16, 17, 18, 19, 20, 21, 22, 23);
 #elif AAPO_WIDTH == 8
-  v += __builtin_shufflevector(none, v, 0, 8, 9, 10, 11, 12, 13, 14);
-  v += __builtin_shufflevector(none, v, 0, 0, 8, 9, 10, 11, 12, 13);
-  v += __builtin_shufflevector(none, v, 0, 0, 0, 0, 8, 9, 10, 11);
+  v += AAPO_SHUFFLE(none, v, Ints, 0, 8, 9, 10, 11, 12, 13, 14);
+  v += AAPO_SHUFFLE(none, v, Ints, 0, 0, 8, 9, 10, 11, 12, 13);
+  v += AAPO_SHUFFLE(none, v, Ints, 0, 0, 0, 0, 8, 9, 10, 11);
 #else
-  v += __builtin_shufflevector(none, v, 0, 4, 5, 6);
-  v += __builtin_shufflevector(none, v, 0, 0, 4, 5);
+  v += AAPO_SHUFFLE(none, v, Ints, 0, 4, 5, 6);
+  v += AAPO_SHUFFLE(none, v, Ints, 0, 0, 4, 5);
 #endif
   return v;
 }

@@ -190,7 +190,7 @@ uint16_t narrowed(float x, Type type) {
 }
 
 void products(const Kernels &k, int64_t width, Type type) {
-  const int64_t num_segments = 5, num_sources = 7, stride = width + 2;
+  const int64_t num_segments = 12, num_sources = 7, stride = width + 2;
   std::vector<float> wide(size_t((num_sources - 1) * stride + width));
   for (float &x : wide)
     x = float(int(generator() % 9)) - 4;
@@ -200,7 +200,7 @@ void products(const Kernels &k, int64_t width, Type type) {
   std::vector<int32_t> segment, index;
   std::vector<float> value;
   for (int e = 0; e < 23; ++e) {
-    segment.push_back(int32_t(generator() % 4)); // none in the last
+    segment.push_back(int32_t(2 + generator() % 4 * 2)); // between empty ones, and several of these at either end
     index.push_back(int32_t(generator() % 7));
     value.push_back(float(int(generator() % 5)) / 4);
   }
@@ -208,7 +208,7 @@ void products(const Kernels &k, int64_t width, Type type) {
   std::vector<float> out(size_t((num_segments - 1) * stride + width), 1);
   const void *source = type == Type::FP32 ? static_cast<const void *>(wide.data()) : narrow.data();
   const Gather g{s.starts.data(), s.index.data(), s.value.data(), source, type, stride, width, out.data(), stride};
-  const auto cuts = even_cuts(s.starts.data(), num_segments, 3);
+  const auto cuts = even_cuts(s.starts.data(), num_segments, 9);
   for (size_t part = 0; part + 1 < cuts.size(); ++part)
     k.add_gathered(g, cuts[part], cuts[part + 1]);
   for (int64_t row = 0; row < num_segments; ++row)
@@ -247,6 +247,9 @@ void drive(const char *name, const Kernels &k) {
     for (const int variant : {0, 1, 2, 3})
       sweeps(k,
              {1 + vocab % 5, vocab, vocab + 3 * (variant % 2), variant, variant < 2 ? 0.0f : 5.0f, variant % 3 == 1});
+  // More panels than a vector has lanes, twice as many, and more tiles than are listed at a time.
+  for (const int64_t vocab : {9 * PANEL + 1, 33 * PANEL - 70, 65 * PANEL + 65})
+    sweeps(k, {2, vocab, vocab + 1, 1, vocab % 2 == 0 ? 5.0f : 0.0f, true});
   for (const Type type : {Type::FP32, Type::BF16, Type::FP16})
     for (const int64_t width : {0, 1, 5, 8, 16, 17, 31, 32, 64, 100})
       products(k, width, type);

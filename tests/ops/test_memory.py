@@ -1,6 +1,7 @@
 """Where the buffers of a pass lie."""
 
 import mmap
+import os
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,13 @@ def test_their_memory_goes_back_with_the_last_view():
     del row
     with pytest.raises(AssertionError, match="no mapping holds"):
         flags_of_mapping(address)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_writes_on_its_own_copy():
+    x = aligned(*LARGE, torch.float32, CPU).fill_(0)
+    child = os.fork()
+    if child == 0:
+        x.numpy()[:] = 1.0  # PyTorch's threads are not there after a fork
+        os._exit(0 if x.numpy().all() else 1)
+    assert os.waitpid(child, 0)[1] == 0 and not x.any()

@@ -208,6 +208,21 @@ def test_every_entry_is_unbiased(level, scale):
 
 
 @pytest.mark.usefixtures("sparse_whatever_it_costs")
+@pytest.mark.parametrize("order", ["rising", "falling", "mixed"])
+@pytest.mark.parametrize("orders_of_magnitude", [0.01, 6])
+def test_dust_of_one_tile_is_unbiased_to_rounding(level, orders_of_magnitude, order):
+    """Sums within a tile are fp32: how often an entry is drawn is right to 2^-24 of what the tile's dust counts."""
+    grid, threshold = 2**15, 2**-7
+    falling = 0.99 * threshold * 10 ** -torch.linspace(0, orders_of_magnitude, 64, dtype=torch.float64)
+    mixed = torch.randperm(64, generator=torch.Generator().manual_seed(7))
+    dust = {"falling": falling, "rising": falling.flip(0), "mixed": falling[mixed]}[order]
+    row = torch.cat([(1 - dust.sum()).log()[None], torch.full((63,), -1e30), dust.log()]).float()
+    entries = sample(row.expand(grid, -1).contiguous(), threshold, torch.arange(grid) / grid)
+    often = torch.bincount(entries.column, minlength=128)[64:] / grid
+    assert (often - dust / threshold).abs().max() <= 1 / grid + 64 * 2**-23
+
+
+@pytest.mark.usefixtures("sparse_whatever_it_costs")
 @pytest.mark.parametrize("threshold", [2**-5, 2**-9, 2**-13])
 @pytest.mark.parametrize("scale", [0.1, 2.5, 6])
 def test_the_same_entries_as_the_torch_sample(level, scale, threshold):
