@@ -1,4 +1,4 @@
-"""vLLM's engine in this process; written against 0.32. What else imports vllm is transfer.py.
+"""vLLM's engine in this process; written against 0.32 and 0.33. What else imports vllm is transfer.py.
 
 ``LocalLLM`` is reduced to what rollouts need: tokens in, tokens and log-probabilities out, weights in.
 """

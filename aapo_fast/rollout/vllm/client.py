@@ -103,7 +103,7 @@ class ServerClient:
         except (KeyError, TypeError) as error:
             raise RequestError(
                 f"{self.url} gives completions without tokens or log-probabilities; it has to be a vLLM server of "
-                f"version 0.32 ({type(error).__name__}: {error})"
+                f"version 0.32 or 0.33 ({type(error).__name__}: {error})"
             ) from error
         unfinished = [c.finish_reason for c in completions if c.finish_reason not in FINISHED]
         if len(completions) != n or unfinished:  # an aborted request answers, too

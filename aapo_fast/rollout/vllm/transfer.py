@@ -1,4 +1,4 @@
-"""vLLM's own weight transfer, from this process's GPU to a server's; written against 0.32. Each takes the place of
+"""vLLM's own weight transfer, from this process's GPU to a server's; written against 0.32 and 0.33. Each is used like
 ``transport.FolderTransport``.
 
 NCCL    to a server on GPUs of its own, on this host or another
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -86,8 +87,8 @@ class NCCLTransport(_GPUTransport):
         device = tensors[0][1].device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # of this thread
-        sender = sender or self._new_sender(client)
-        sender.source.tensors = tensors
+        sender = sender or self._new_sender(client, tensors)
+        sender.source.tensors = tensors  # of the same names, dtypes and shapes every time
         sender.send_weights()
         sender.source.tensors = []  # or they would outlive the next ones' publication
         return sender
@@ -96,12 +97,12 @@ class NCCLTransport(_GPUTransport):
         for sender in self._senders.values():
             sender.shutdown()
 
-    def _new_sender(self, client: ServerClient) -> Any:
+    def _new_sender(self, client: ServerClient, tensors: list[tuple[str, Tensor]]) -> Any:
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
         info = NCCLTrainerInitInfo(self._address, free_port(), client.world_size() + 1, rank=0)
-        return WeightTransferTrainerFactory.trainer_init(info, client=client, source=weight_source([]))
+        return WeightTransferTrainerFactory.trainer_init(info, client=client, source=weight_source(tensors))
 
 
 class IPCTransport(_GPUTransport):
@@ -160,17 +161,23 @@ class IPCTransport(_GPUTransport):
 
 
 def weight_source(tensors: list[tuple[str, Tensor]]) -> Any:
-    """vLLM's ``WeightSource`` over a list that may be exchanged between transfers."""
+    """vLLM's ``WeightSource`` over a list that may be exchanged, between transfers, for one that is declared alike."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    # A method in 0.32; from 0.33 on an attribute that cannot change, or vLLM refuses the class.
+    declared: Any = cached_property if hasattr(WeightSource, "iter_full") else lambda method: method
 
     class Source(WeightSource):
         def __init__(self) -> None:
             self.tensors = tensors
 
+        @declared
         def metadata(self) -> list[ParamMeta]:
             return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
             return iter(self.tensors)
+
+        iter_full = __iter__  # its name from 0.33 on
 
     return Source()
