@@ -67,7 +67,8 @@ class Chunk:
         wanted = Coefficients(self.weights[block], None, None)
         given = (self.logits[block], self.targets[block], stats, wanted, Transform(), THRESHOLD, self.uniforms[block])
         found = self.kernels.sparse_gradient(*given)()
-        assert found is not None, "the rows are too full for sparse gradients"
+        if found is None:
+            raise SystemExit(f"--shape: of {self.logits.shape[1]} columns too many have entries; give a larger vocabulary")
         return found
 
     def all_entries(self) -> Entries:
