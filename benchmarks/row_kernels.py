@@ -68,7 +68,7 @@ class Chunk:
         given = (self.logits[block], self.targets[block], stats, wanted, Transform(), THRESHOLD, self.uniforms[block])
         found = self.kernels.sparse_gradient(*given)()
         if found is None:
-            raise SystemExit(f"--shape: of {self.logits.shape[1]} columns too many have entries; give a larger vocabulary")
+            raise SystemExit(f"--shape: too many of {self.logits.shape[1]} columns have entries; give more of them")
         return found
 
     def all_entries(self) -> Entries:
