@@ -47,7 +47,8 @@ template <class Number> AAPO_INLINE Floats load_some(const Number *p, int64_t n)
   return Number::load(padded);
 }
 
-// out += the sum of COUNT entries; `next` are the source rows that follow and `next_out` the sum, to be fetched meanwhile.
+// out += the sum of COUNT entries; `next` are the source rows that follow and `next_out` is the sum that does, to be
+// fetched meanwhile.
 template <class Number, int64_t COUNT>
 AAPO_INLINE void add_group(float *out, int64_t width, const Number *const *source, const float *value,
                            const Number *const *next, const float *next_out) {

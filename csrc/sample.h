@@ -58,12 +58,6 @@ struct Walk {
 
   int64_t num_tiles() const { return (vocab + TILE - 1) / TILE; }
 
-  // What one in the sums of sweep 1 is as a probability, in each panel from `first` on; up to WIDTH of them.
-  void shares(int64_t first, float *to) const {
-    const int64_t n = least(WIDTH, (num_tiles() + TILES_A_PANEL - 1) / TILES_A_PANEL - first);
-    store(to, exp(load(tiles.level + first, n) - wanted.row_max) * wanted.inverse);
-  }
-
   // Something depends on the row, and its statistics are neither NaN nor infinite.
   bool walkable() const {
     const float size = wanted.row_max + wanted.inverse + 1.0f / wanted.inverse;
@@ -73,6 +67,23 @@ struct Walk {
   void prefetch(int64_t tile) const {
     for (int64_t i = 0; i < TILE; i += 16)
       __builtin_prefetch(x + tile * TILE + i);
+  }
+};
+
+// What one in the sums of sweep 1 is as a probability, in each panel of a row: of WIDTH panels at once, so they are asked
+// for in order, from a multiple of WIDTH on.
+struct Shares {
+  const Walk &walk;
+  alignas(64) float found[WIDTH];
+
+  explicit Shares(const Walk &walk) : walk(walk) {}
+
+  float of(int64_t panel) {
+    if (panel % WIDTH == 0) {
+      const int64_t n = least(WIDTH, (walk.num_tiles() + TILES_A_PANEL - 1) / TILES_A_PANEL - panel);
+      store(found, exp(load(walk.tiles.level + panel, n) - walk.wanted.row_max) * walk.wanted.inverse);
+    }
+    return found[panel % WIDTH];
   }
 };
 
@@ -158,11 +169,9 @@ struct Stretch {
 
   // Lengths of light tiles, and which are heavy.
   void measure() {
-    alignas(64) float shares[WIDTH];
+    Shares shares(walk);
     for (int64_t panel = first; panel < end; panel += TILES_A_PANEL) {
-      if (panel % (WIDTH * TILES_A_PANEL) == 0)
-        walk.shares(panel / TILES_A_PANEL, shares);
-      const float share = shares[panel / TILES_A_PANEL % WIDTH];
+      const float share = shares.of(panel / TILES_A_PANEL);
       const double units = share * walk.units;
       const Floats reaches = all(walk.threshold / share);
       const int64_t stop = least(panel + TILES_A_PANEL, end);
@@ -257,11 +266,9 @@ inline int64_t sample_row(Walk &walk) {
 // that largest entry, the one whose other entries are as large or zero counts least.)
 inline double at_least(const Walk &walk) {
   double total = 0;
-  alignas(64) float shares[WIDTH];
+  Shares shares(walk);
   for (int64_t panel = 0; walk.walkable() && panel < walk.num_tiles(); panel += TILES_A_PANEL) {
-    if (panel % (WIDTH * TILES_A_PANEL) == 0)
-      walk.shares(panel / TILES_A_PANEL, shares);
-    const float share = shares[panel / TILES_A_PANEL % WIDTH];
+    const float share = shares.of(panel / TILES_A_PANEL);
     const Floats reaches = all(walk.threshold / share);
     Floats entries{};
     const int64_t stop = least(panel + TILES_A_PANEL, walk.num_tiles());

@@ -51,12 +51,6 @@ AAPO_INLINE Floats load(const float *p) {
   return v;
 }
 
-AAPO_INLINE Ints load(const int32_t *p) {
-  Ints v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-
 AAPO_INLINE Longs all(int64_t x) { return x - Longs{}; }
 
 AAPO_INLINE Longs load(const int64_t *p) {

@@ -80,3 +80,12 @@ def gradient(trainer, inputs):
 
 def relative(found, truth):
     return ((found - truth).norm() / truth.norm()).item()
+
+
+def completion_logps(trainer, inputs):
+    """(B, T) log-probabilities of the completions' tokens, padding included, from materialised logits."""
+    width = inputs["completion_ids"].shape[1]
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    logits = trainer.model(input_ids=ids, attention_mask=attention).logits[:, -width - 1 : -1]
+    return logits.log_softmax(-1).gather(2, inputs["completion_ids"][..., None])[..., 0]

@@ -8,7 +8,7 @@ import peft
 import pytest
 import support
 import torch
-from trl_support import PROMPTS, gradient, make_trainer, microbatch, relative, rewards, wide_model
+from trl_support import PROMPTS, completion_logps, gradient, make_trainer, microbatch, relative, rewards, wide_model
 
 from aapo_fast.integrations.trl import AAPOConfig, AAPOTrainer, fuse
 from aapo_fast.types import UserError
@@ -156,11 +156,7 @@ def test_samples_of_older_weights_are_weighed(tmp_path):
     inputs["old_per_token_logps"] = old
     _, found, _ = gradient(trainer, inputs)
     trainer.model.zero_grad()
-    mask, width = inputs["completion_mask"], inputs["completion_ids"].shape[1]
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-    attention = torch.cat([inputs["prompt_mask"], mask], 1)
-    logits = trainer.model(input_ids=ids, attention_mask=attention).logits[:, -width - 1 : -1]
-    logps = logits.log_softmax(-1).gather(2, inputs["completion_ids"][..., None])[..., 0]
+    mask, logps = inputs["completion_mask"], completion_logps(trainer, inputs)
     weight = (logps.detach() - old).exp().clamp(max=1.2)
     (-(weight * inputs["advantages"][:, None] * logps * mask).sum() / mask.sum()).backward()
     truth = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])

@@ -17,7 +17,7 @@ import transformers
 import trl_support
 import vllm_support
 from trl import GRPOConfig, GRPOTrainer
-from trl_support import PROMPTS, gradient, microbatch, relative
+from trl_support import PROMPTS, completion_logps, gradient, microbatch, relative
 from trl_vllm_support import (
     ADAPTERS,
     CPU_SETTINGS,
@@ -185,11 +185,7 @@ def test_aapos_loss_is_corrected(correction, tmp_path, folder, monkeypatch):
     inputs, ratio = corrected(trainer, correction)
     _, found, _ = gradient(trainer, inputs)
     trainer.model.zero_grad()
-    mask, width = inputs["completion_mask"], inputs["completion_ids"].shape[1]
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-    attention = torch.cat([inputs["prompt_mask"], mask], 1)
-    logits = trainer.model(input_ids=ids, attention_mask=attention).logits[:, -width - 1 : -1]
-    logps = logits.log_softmax(-1).gather(2, inputs["completion_ids"][..., None])[..., 0]
+    mask, logps = inputs["completion_mask"], completion_logps(trainer, inputs)
     (-(ratio * inputs["advantages"][:, None] * logps * mask).sum() / mask.sum()).backward()
     truth = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
     assert relative(found, truth) < ROUNDING
