@@ -9,13 +9,17 @@ namespace {
 
 constexpr float EXP_LOWEST = -104.0f; // exp is 0 from here down: below half the smallest subnormal number
 
-// exp(x) for x in [EXP_LOWEST, 89], within 2 units in the last place, subnormal and infinite results included.
+// exp(x) for x <= 0 and what is left of x: below EXP_LOWEST it is cut, where exp is zero, so that x exp(x) is zero and not
+// NaN. Within 2 units in the last place, subnormal results included; NaN stays.
 //
 // x = n log 2 + r with |r| <= log(2) / 2; exp(r) = 1 + r + r^2 q(r), q fitted to 3e-9 of exp(r).
-AAPO_INLINE Floats exp_within(Floats x) {
+AAPO_INLINE Floats exp_and_cut(Floats &x) {
   constexpr float LOG2_E = 1.44269504f, LOG_2_HIGH = 0x1.62e4p-1f, LOG_2_LOW = 1.42860677e-6f;
-  constexpr float ROUND = 12582912.0f; // 1.5 * 2^23: what is added to it loses its fraction, and stands in its low bits
-  const Floats rounded = multiply_add(x, all(LOG2_E), all(ROUND));
+  constexpr int BIAS = 126;
+  // What is added to 1.5 * 2^23 loses its fraction, and stands in its low bits.
+  constexpr float ROUND = 12582912.0f + BIAS;
+  x = larger(all(EXP_LOWEST), x);
+  const Floats rounded = multiply_add(x, all(LOG2_E), all(ROUND)); // n + BIAS, in those bits
   const Floats n = rounded - ROUND;
   // LOG_2_HIGH has 15 bits, so its product with n is exact without a fused multiply-add too.
   Floats r = multiply_add(n, all(-LOG_2_HIGH), x);
@@ -26,21 +30,17 @@ AAPO_INLINE Floats exp_within(Floats x) {
   q = multiply_add(q, r, all(0.166665211f));
   q = multiply_add(q, r, all(0.49999994f));
   const Floats y = multiply_add(q, r * r, r) + 1.0f;
-  // Times 2^n in two steps, n / 2 into the exponent and the rest by a multiplication that rounds once: one step could
-  // not reach subnormal numbers or 2^128. The high bits of ROUND fall off at the left.
-  const Bits whole = (Bits)rounded, half = whole >> 1;
-  const Floats most = (Floats)((Bits)y + (half << 23));
-  return most * (Floats)(((whole - half) << 23) + 0x3f800000u);
+#if AAPO_WIDTH == 16 && defined(__AVX512F__)
+  return (Floats)_mm512_maskz_scalef_ps(EVERY, (__m512)y, (__m512)n);
+#else
+  // Times 2^(n + BIAS) by its exponent, which the high bits of `rounded` do not reach, then back by a multiplication that
+  // rounds once: so the smallest results are right that have no exponent of their own.
+  return (Floats)((Bits)y + ((Bits)rounded << 23)) * 0x1p-126f;
+#endif
 }
 
-// exp(x) for any x; NaN stays.
-AAPO_INLINE Floats exp(Floats x) { return exp_within(smaller(all(89.0f), larger(all(EXP_LOWEST), x))); }
-
-// exp(x) for x <= 0 and what is left of x: where exp is zero it is cut, so that x exp(x) is zero and not NaN.
-AAPO_INLINE Floats exp_and_cut(Floats &x) {
-  x = larger(all(EXP_LOWEST), x);
-  return exp_within(x);
-}
+// exp(x) for x <= 0.
+AAPO_INLINE Floats exp(Floats x) { return exp_and_cut(x); }
 
 constexpr float LEFT_OUT = -0x1.fffffcp127f; // a raw product whose logit is minus infinity, or as good as
 

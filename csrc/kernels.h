@@ -44,7 +44,7 @@ struct Tiles {
 // Statistics of whole rows, and d loss / d each; each (C,).
 struct Wanted {
   const float *row_max, *total, *entropy;
-  const float *on_logp, *on_entropy, *on_logsumexp;
+  const float *on_logp, *on_entropy, *on_logsumexp; // the last two null where they are zero
 };
 
 // The systematic sample of sparse rows.
@@ -87,6 +87,7 @@ struct Kernels {
   void (*sample)(const Block &, const Wanted &, const Tiles &, const Sample &, const Found &, int64_t *counts,
                  int64_t begin, int64_t end);
   void (*add_gathered)(const Gather &, int64_t begin, int64_t end);
+  // Of x <= 0.
   void (*exp)(const float *x, float *out, int64_t begin, int64_t end);
 };
 

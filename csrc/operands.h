@@ -63,25 +63,26 @@ Block block_of(const Tensor &products, const Tensor &targets, const Tensor &temp
           float(softcap.value_or(0))};
 }
 
-// A contiguous (count, C) matrix, as vectors.
-float *vectors_of(const Tensor &t, int64_t count, const Block &block, const char *name) {
-  check_type(t, ScalarType::Float, name);
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == count && t.size(1) == block.num_rows && t.is_contiguous(),
-                  "aapo_fast_native: ", name, " must be contiguous, ", count, " vectors of ", block.num_rows,
-                  " numbers");
-  return static_cast<float *>(t.mutable_data_ptr());
-}
-
+// (4, C), contiguous.
 Partials partials_of(const Tensor &partials, const Block &block) {
-  float *p = vectors_of(partials, 4, block, "partials");
   const int64_t n = block.num_rows;
+  check_type(partials, ScalarType::Float, "partials");
+  STD_TORCH_CHECK(partials.dim() == 2 && partials.size(0) == 4 && partials.size(1) == n && partials.is_contiguous(),
+                  "aapo_fast_native: partials must be contiguous, 4 vectors of ", n, " numbers");
+  float *p = static_cast<float *>(partials.mutable_data_ptr());
   return {p, p + n, p + 2 * n, p + 3 * n};
 }
 
-Wanted wanted_of(const Tensor &wanted, const Block &block) {
-  const float *w = vectors_of(wanted, 6, block, "wanted");
-  const int64_t n = block.num_rows;
-  return {w, w + n, w + 2 * n, w + 3 * n, w + 4 * n, w + 5 * n};
+Wanted wanted_of(const Tensor &row_max, const Tensor &total, const Tensor &entropy, const Tensor &on_logp,
+                 const std::optional<Tensor> &on_entropy, const std::optional<Tensor> &on_logsumexp,
+                 const Block &block) {
+  const auto vector = [&](const Tensor &t, const char *name) { return vector_of<float>(t, block.num_rows, name); };
+  return {vector(row_max, "row_max"),
+          vector(total, "total"),
+          vector(entropy, "entropy"),
+          vector(on_logp, "on_logp"),
+          on_entropy.has_value() ? vector(*on_entropy, "on_entropy") : nullptr,
+          on_logsumexp.has_value() ? vector(*on_logsumexp, "on_logsumexp") : nullptr};
 }
 
 // Each row of `tiles` holds the masses, the peaks and the levels.

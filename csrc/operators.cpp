@@ -13,13 +13,15 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <numeric>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace aapo_fast {
 namespace {
 
-constexpr int64_t INTERFACE = 3;
+constexpr int64_t INTERFACE = 4;
 constexpr int64_t GRAIN = 1 << 15; // logits below which a second thread costs more than it brings
 
 // Calls work(begin, end) for parts of the rows, on PyTorch's threads.
@@ -40,10 +42,12 @@ void statistics(const Tensor &products, const Tensor &targets, const Tensor &tem
 }
 
 void gradient(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
-              std::optional<double> softcap, const Tensor &wanted, int64_t level) {
+              std::optional<double> softcap, const Tensor &row_max, const Tensor &total, const Tensor &entropy,
+              const Tensor &on_logp, const std::optional<Tensor> &on_entropy,
+              const std::optional<Tensor> &on_logsumexp, int64_t level) {
   const Kernels &k = kernels(level);
   const Block block = block_of(products, targets, temperature, scale, softcap);
-  const Wanted w = wanted_of(wanted, block);
+  const Wanted w = wanted_of(row_max, total, entropy, on_logp, on_entropy, on_logsumexp, block);
   over_rows(block, [&](int64_t begin, int64_t end) { k.gradient(block, w, begin, end); });
 }
 
@@ -58,29 +62,35 @@ void both_sweeps(const Tensor &products, const Tensor &targets, const Tensor &te
 
 // --- operators: sparse rows ------------------------------------------------------------------------------------------
 
-void count_at_least(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
-                    std::optional<double> softcap, const Tensor &wanted, const Tensor &tiles, const Tensor &uniforms,
-                    double threshold, const Tensor &entries, int64_t level) {
-  const Kernels &k = kernels(level);
-  const Block block = block_of(products, targets, temperature, scale, softcap);
-  const Wanted w = wanted_of(wanted, block);
-  const Tiles kept = tiles_of(tiles, block);
-  const Sample sample = sample_of(uniforms, threshold, block);
-  double *to = vector_of<double>(entries, block.num_rows, "entries");
-  over_rows(block, [&](int64_t begin, int64_t end) { k.count_at_least(block, w, kept, sample, to, begin, end); });
-}
-
+// Entries of row r go to [starts[r], starts[r + 1]) of the packed ones. None are found, and the last of `starts` is -1,
+// where they would surely be more than `most` in the mean over the uniforms: that choice must not look at the uniforms,
+// since it would bias the sample.
 void sample_entries(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
-                    std::optional<double> softcap, const Tensor &wanted, const Tensor &tiles, const Tensor &uniforms,
-                    double threshold, const Tensor &column, const Tensor &value, const Tensor &counts, int64_t level) {
+                    std::optional<double> softcap, const Tensor &row_max, const Tensor &total, const Tensor &entropy,
+                    const Tensor &on_logp, const std::optional<Tensor> &on_entropy,
+                    const std::optional<Tensor> &on_logsumexp, const Tensor &tiles, const Tensor &uniforms,
+                    double threshold, double most, const Tensor &column, const Tensor &value, const Tensor &starts,
+                    int64_t level) {
   const Kernels &k = kernels(level);
   const Block block = block_of(products, targets, temperature, scale, softcap);
-  const Wanted w = wanted_of(wanted, block);
+  const Wanted w = wanted_of(row_max, total, entropy, on_logp, on_entropy, on_logsumexp, block);
   const Tiles kept = tiles_of(tiles, block);
   const Sample sample = sample_of(uniforms, threshold, block);
   const Found found = found_of(column, value, block.num_rows);
-  int64_t *to = vector_of<int64_t>(counts, block.num_rows, "counts");
-  over_rows(block, [&](int64_t begin, int64_t end) { k.sample(block, w, kept, sample, found, to, begin, end); });
+  int64_t *slots = vector_of<int64_t>(starts, block.num_rows + 1, "starts");
+  std::vector<double> at_least(size_t(block.num_rows));
+  over_rows(block, [&](int64_t begin, int64_t end) {
+    k.count_at_least(block, w, kept, sample, at_least.data(), begin, end);
+  });
+  slots[0] = 0;
+  if (std::accumulate(at_least.begin(), at_least.end(), 0.0) > most) {
+    slots[block.num_rows] = -1;
+    return;
+  }
+  over_rows(block, [&](int64_t begin, int64_t end) {
+    k.sample(block, w, kept, sample, found, slots + 1, begin, end);
+  });
+  std::partial_sum(slots, slots + block.num_rows + 1, slots);
 }
 
 void pack_entries(const Tensor &found_column, const Tensor &found_value, const Tensor &starts, const Tensor &row,
@@ -173,18 +183,17 @@ std::string describe() {
 } // namespace
 } // namespace aapo_fast
 
-// (C, V) products; targets (C,) int64, temperature (C,); wanted (6, C): row_max, total, entropy, and d loss / d
-// log-probability, entropy and log-sum-exp; partials (4, C): row_max, total, weighted, target.
+// (C, V) products; vectors of C: targets in int64, temperature, statistics of whole rows, and d loss / d log-probability,
+// entropy and log-sum-exp, absent where it is zero; partials (4, C): row_max, total, weighted, target.
 #define AAPO_BLOCK "Tensor targets, Tensor temperature, float scale, float? softcap"
-#define AAPO_SAMPLE "Tensor wanted, Tensor tiles, Tensor uniforms, float threshold"
+#define AAPO_WANTED "Tensor row_max, Tensor total, Tensor entropy, Tensor on_logp, Tensor? on_entropy, Tensor? on_logsumexp"
 
 STABLE_TORCH_LIBRARY(aapo_fast_native, m) {
   m.def("statistics(Tensor(a!) products, " AAPO_BLOCK ", Tensor(b!) partials, Tensor(c!)? tiles, int level) -> ()");
-  m.def("gradient(Tensor(a!) products, " AAPO_BLOCK ", Tensor wanted, int level) -> ()");
+  m.def("gradient(Tensor(a!) products, " AAPO_BLOCK ", " AAPO_WANTED ", int level) -> ()");
   m.def("both_sweeps(Tensor(a!) products, " AAPO_BLOCK ", Tensor on_logp, Tensor(b!) partials, int level) -> ()");
-  m.def("count_at_least(Tensor products, " AAPO_BLOCK ", " AAPO_SAMPLE ", Tensor(a!) entries, int level) -> ()");
-  m.def("sample_entries(Tensor products, " AAPO_BLOCK ", " AAPO_SAMPLE
-        ", Tensor(a!) column, Tensor(b!) value, Tensor(c!) counts, int level) -> ()");
+  m.def("sample_entries(Tensor products, " AAPO_BLOCK ", " AAPO_WANTED ", Tensor tiles, Tensor uniforms, float threshold, "
+        "float most, Tensor(a!) column, Tensor(b!) value, Tensor(c!) starts, int level) -> ()");
   m.def("pack_entries(Tensor found_column, Tensor found_value, Tensor starts, Tensor(a!) row, Tensor(b!) column, "
         "Tensor(c!) value) -> ()");
   m.def("add_times_weight(Tensor row, Tensor column, Tensor value, Tensor weight, Tensor(a!) out, int level) -> ()");
@@ -199,7 +208,6 @@ STABLE_TORCH_LIBRARY_IMPL(aapo_fast_native, CPU, m) {
   m.impl("statistics", TORCH_BOX(&aapo_fast::statistics));
   m.impl("gradient", TORCH_BOX(&aapo_fast::gradient));
   m.impl("both_sweeps", TORCH_BOX(&aapo_fast::both_sweeps));
-  m.impl("count_at_least", TORCH_BOX(&aapo_fast::count_at_least));
   m.impl("sample_entries", TORCH_BOX(&aapo_fast::sample_entries));
   m.impl("pack_entries", TORCH_BOX(&aapo_fast::pack_entries));
   m.impl("add_times_weight", TORCH_BOX(&aapo_fast::add_times_weight));

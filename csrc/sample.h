@@ -265,21 +265,19 @@ inline int64_t sample_row(Walk &walk) {
 // eps, and of a heavy tile its sum over its largest. (An entry p counts min(1, p / eps); of all tiles with that sum and
 // that largest entry, the one whose other entries are as large or zero counts least.)
 inline double at_least(const Walk &walk) {
-  double total = 0;
+  Floats entries{};
   Shares shares(walk);
   for (int64_t panel = 0; walk.walkable() && panel < walk.num_tiles(); panel += TILES_A_PANEL) {
     const float share = shares.of(panel / TILES_A_PANEL);
     const Floats reaches = all(walk.threshold / share);
-    Floats entries{};
     const int64_t stop = least(panel + TILES_A_PANEL, walk.num_tiles());
     for (int64_t tile = panel; tile < stop; tile += WIDTH) {
       const int64_t n = least(WIDTH, stop - tile);
       const Floats mass = load(walk.tiles.mass + tile, n), peak = load(walk.tiles.peak + tile, n);
       entries += mass / (peak >= reaches ? peak : reaches);
     }
-    total += sum(entries);
   }
-  return total;
+  return sum(entries);
 }
 
 } // namespace

@@ -116,8 +116,8 @@ struct RowGradient {
 
   RowGradient(const Wanted &wanted, int64_t row)
       : RowGradient(wanted.on_logp[row], wanted.row_max[row], wanted.total[row]) {
-    b = wanted.on_entropy[row];
-    c = wanted.on_logsumexp[row];
+    b = wanted.on_entropy == nullptr ? 0 : wanted.on_entropy[row];
+    c = wanted.on_logsumexp == nullptr ? 0 : wanted.on_logsumexp[row];
     offset = float(wanted.entropy[row] - __builtin_log(double(wanted.total[row])));
   }
 
@@ -131,14 +131,18 @@ struct RowGradient {
 template <bool CAPPED, bool ENTROPY>
 void sweep_2(float *x, int64_t vocab, const RowTransform &transform, const RowGradient &row) {
   const Floats on_every = all((row.c - row.a) * row.inverse), on_log = all(-row.b * row.inverse);
-  for (int64_t i = 0; i < vocab; i += WIDTH) {
-    const int64_t n = least(WIDTH, vocab - i);
-    const Logits logits = transform.of<CAPPED>(load(x + i, n));
+  const auto of = [&](Floats products) {
+    const Logits logits = transform.of<CAPPED>(products);
     Floats shifted = logits.z - row.row_max;
     const Floats e = exp_and_cut(shifted);
     const Floats share = ENTROPY ? multiply_add(on_log, shifted + row.offset, on_every) : on_every;
-    store(x + i, e * share * logits.slope, n);
-  }
+    return e * share * logits.slope;
+  };
+  int64_t i = 0;
+  for (; i + WIDTH <= vocab; i += WIDTH)
+    store(x + i, of(load(x + i)));
+  if (i < vocab)
+    store(x + i, of(load(x + i, vocab - i)), vocab - i);
 }
 
 AAPO_INLINE void gradient_of(const Block &block, int64_t row, const RowTransform &transform,

@@ -93,9 +93,19 @@ AAPO_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// Where a is NaN: b. So a running maximum passes NaN over, and a lower bound on the left keeps it.
-AAPO_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-AAPO_INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+// With a mask of all lanes intrinsics compile to the same instruction, without a warning of GCC's about its own header.
+constexpr uint16_t EVERY = 0xffff;
+
+// a > b ? a : b. Where one is NaN: b. So a running maximum passes NaN over, and a lower bound on the left keeps it.
+AAPO_INLINE Floats larger(Floats a, Floats b) {
+#if AAPO_WIDTH == 16 && defined(__AVX512F__)
+  return (Floats)_mm512_maskz_max_ps(EVERY, (__m512)a, (__m512)b);
+#elif AAPO_WIDTH == 8 && defined(__AVX2__)
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 // Lanes from n on replaced.
 AAPO_INLINE Floats first_lanes(Floats v, int64_t n, float beyond) {
@@ -187,33 +197,30 @@ AAPO_INLINE Floats running_sum(Floats v) {
   return v;
 }
 
-// Sum and maximum of all lanes, by halves.
-template <int N> AAPO_INLINE float sum_of(typename Lanes<N>::type v) {
-  if constexpr (N == 2) {
-    return v[0] + v[1];
-  } else {
-    typename Lanes<N / 2>::type low, high;
-    memcpy(&low, &v, sizeof low);
-    memcpy(&high, reinterpret_cast<const char *>(&v) + sizeof low, sizeof high);
-    return sum_of<N / 2>(low + high);
-  }
+// Of all lanes, by halves. Shuffled whole: GCC keeps a vector whose halves are copied out in memory, and with it the
+// running sum that it came from.
+template <class Combine> AAPO_INLINE float reduced(Floats v, const Combine &combine) {
+#if AAPO_WIDTH == 16
+  v = combine(v, AAPO_SHUFFLE(v, v, Ints, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  v = combine(v, AAPO_SHUFFLE(v, v, Ints, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3));
+  v = combine(v, AAPO_SHUFFLE(v, v, Ints, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1));
+  v = combine(v, AAPO_SHUFFLE(v, v, Ints, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0));
+#elif AAPO_WIDTH == 8
+  v = combine(v, AAPO_SHUFFLE(v, v, Ints, 4, 5, 6, 7, 0, 1, 2, 3));
+  v = combine(v, AAPO_SHUFFLE(v, v, Ints, 2, 3, 4, 5, 6, 7, 0, 1));
+  v = combine(v, AAPO_SHUFFLE(v, v, Ints, 1, 2, 3, 4, 5, 6, 7, 0));
+#else
+  v = combine(v, AAPO_SHUFFLE(v, v, Ints, 2, 3, 0, 1));
+  v = combine(v, AAPO_SHUFFLE(v, v, Ints, 1, 2, 3, 0));
+#endif
+  return v[0];
 }
 
-template <int N> AAPO_INLINE float largest_of(typename Lanes<N>::type v) {
-  if constexpr (N == 1) {
-    return v[0];
-  } else if constexpr (N == 2) {
-    return v[0] > v[1] ? v[0] : v[1];
-  } else {
-    typename Lanes<N / 2>::type low, high;
-    memcpy(&low, &v, sizeof low);
-    memcpy(&high, reinterpret_cast<const char *>(&v) + sizeof low, sizeof high);
-    return largest_of<N / 2>(low > high ? low : high);
-  }
+AAPO_INLINE float sum(Floats v) {
+  return reduced(v, [](Floats a, Floats b) { return a + b; });
 }
 
-AAPO_INLINE float sum(Floats v) { return sum_of<AAPO_WIDTH>(v); }
-AAPO_INLINE float largest(Floats v) { return largest_of<AAPO_WIDTH>(v); }
+AAPO_INLINE float largest(Floats v) { return reduced(v, larger); }
 
 } // namespace
 } // namespace aapo_fast

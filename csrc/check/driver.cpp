@@ -223,18 +223,15 @@ void products(const Kernels &k, int64_t width, Type type) {
 
 void exps(const Kernels &k) {
   std::vector<float> x, out;
-  for (double v = -110; v < 95; v += 0.0173)
+  for (double v = -110; v <= 0; v += 0.0117)
     x.push_back(float(v));
   const float infinity = std::numeric_limits<float>::infinity();
-  x.insert(x.end(), {0, -0.0f, infinity, -infinity, 3e38f, -3e38f, 1e-40f});
+  x.insert(x.end(), {0, -0.0f, -infinity, -3e38f, -1e-40f});
   out.resize(x.size());
   k.exp(x.data(), out.data(), 0, int64_t(x.size()));
   for (size_t i = 0; i < x.size(); ++i) {
     const double truth = std::exp(double(x[i]));
-    if (truth > std::numeric_limits<float>::max())
-      expect(out[i] == infinity, "exp", out[i], truth);
-    else
-      expect(std::abs(out[i] - truth) <= std::max(truth * 2.4e-7, 1.5e-45), "exp", out[i], truth);
+    expect(std::abs(out[i] - truth) <= std::max(truth * 2.4e-7, 1.5e-45), "exp", out[i], truth);
   }
   const float nan = std::nanf("");
   k.exp(&nan, out.data(), 0, 1);

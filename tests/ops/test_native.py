@@ -86,15 +86,16 @@ def test_the_same_bits_at_every_number_of_threads_and_every_run(level):
 def operator_calls():
     products, targets = block(70, rows=3)
     given = targets, torch.ones(3), 1.0, 30.0
-    tiles, vector, wanted = torch.rand(3, 5), torch.rand(3), torch.rand(6, 3)
+    tiles, vector, wanted = torch.rand(3, 5), torch.rand(3), (torch.full((3,), 90.0), *torch.rand(4, 3), None)
     row, value = torch.zeros(2, dtype=torch.int32), torch.rand(2)
-    sampled, found = (wanted, tiles, vector, 0.1), (torch.zeros(3, 12, dtype=torch.int32), torch.rand(3, 12))
+    found = torch.zeros(3, 12, dtype=torch.int32), torch.rand(3, 12)
     return {
         "statistics": (products, *given, torch.empty(4, 3), tiles),
-        "gradient": (products, *given, wanted),
+        "gradient": (products, *given, *wanted),
         "both_sweeps": (products, *given, vector, torch.empty(4, 3)),
-        "count_at_least": (products, *given, *sampled, vector.double()),
-        "sample_entries": (products, *given, *sampled, *found, torch.zeros(3, dtype=torch.int64)),
+        "sample_entries": (
+            products, *given, *wanted, tiles, vector, 0.1, 100.0, *found, torch.zeros(4, dtype=torch.int64),
+        ),
         "pack_entries": (*found, torch.tensor([0, 1, 1, 2]), row, row.clone(), value),
         "add_times_weight": (row, row.clone(), value, torch.rand(4, 5), torch.zeros(2, 5)),
         "add_transposed_times": (row, row.clone(), value, torch.rand(2, 5), torch.zeros(4, 5)),

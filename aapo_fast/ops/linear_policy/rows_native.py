@@ -84,7 +84,7 @@ class NativeRows:
         transform: Transform,
         out: Tensor,
     ) -> None:
-        self._run.gradient(*_block(products, targets, transform), _wanted(rows, wanted), self._level)
+        self._run.gradient(*_block(products, targets, transform), *_wanted(rows, wanted), self._level)
         _move(products, out)
 
     def both_sweeps(
@@ -112,20 +112,17 @@ class NativeRows:
     ) -> Entries | None:
         assert self._tiles is not None, "made without sparse=True"
         num_rows = products.shape[0]
-        given = (
-            *_block(products, targets, transform), _wanted(rows, wanted), self._tiles, uniforms.contiguous(), threshold,
-        )  # fmt: skip
-        at_least = uniforms.new_empty(num_rows, dtype=torch.float64)
-        self._run.count_at_least(*given, at_least, self._level)
-        # The bound does not look at the uniforms: a choice that did would bias the sample.
-        if at_least.sum().item() > DENSE_SHARE * products.numel():
-            return None
-        starts = targets.new_zeros(num_rows + 1)
         found = self._room(num_rows, min(products.shape[1], int(1 / threshold) + 2))
-        self._run.sample_entries(*given, *found, starts[1:], self._level)
-        starts.cumsum_(0)
-        row = torch.empty(int(starts[-1]), dtype=torch.int32, device="cpu")
-        entries = Entries(row, torch.empty_like(row), torch.empty_like(row, dtype=torch.float32))
+        starts = targets.new_empty(num_rows + 1)
+        self._run.sample_entries(
+            *_block(products, targets, transform), *_wanted(rows, wanted), self._tiles, uniforms.contiguous(),
+            threshold, DENSE_SHARE * products.numel(), *found, starts, self._level,
+        )  # fmt: skip
+        count = int(starts[-1])
+        if count < 0:
+            return None
+        row, column, value = torch.empty(3, count, dtype=torch.int32, device="cpu")
+        entries = Entries(row, column, value.view(torch.float32))
         self._run.pack_entries(*found, starts, *entries)
         return entries
 
@@ -157,10 +154,9 @@ def _block(products: Tensor, targets: Tensor, transform: Transform) -> tuple[Any
     return products, targets.contiguous(), row_temperature, float(transform.scale), softcap
 
 
-def _wanted(rows: RowStatistics, wanted: Coefficients) -> Tensor:
-    """(6, C): the statistics that sweep 2 needs, and the coefficients, zero where the objective has none."""
-    vectors = (rows.row_max, rows.total, rows.entropy, *wanted)
-    return torch.stack([torch.zeros_like(rows.total) if v is None else v for v in vectors])
+def _wanted(rows: RowStatistics, wanted: Coefficients) -> tuple[Tensor | None, ...]:
+    """The statistics that sweep 2 needs, and the coefficients."""
+    return rows.row_max, rows.total, rows.entropy, *(None if d is None else d.contiguous() for d in wanted)
 
 
 def _compact(entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
