@@ -26,18 +26,10 @@ void both_sweeps(const Block &block, const float *on_logp, const Partials &parti
   }
 }
 
-void count_at_least(const Block &block, const Wanted &wanted, const Tiles &tiles, const Sample &how, double *entries,
-                    int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row)
-    entries[row] = at_least(Walk(block, wanted, tiles, how, Found{}, row));
-}
-
 void sample(const Block &block, const Wanted &wanted, const Tiles &tiles, const Sample &how, const Found &found,
-            int64_t *counts, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    Walk walk(block, wanted, tiles, how, found, row);
-    counts[row] = sample_row(walk);
-  }
+            int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row)
+    sample_row(block, wanted, tiles, how, found, row);
 }
 
 void add_gathered(const Gather &gather, int64_t begin, int64_t end) {
@@ -63,7 +55,6 @@ void exp_of(const float *x, float *out, int64_t begin, int64_t end) {
 #define AAPO_JOIN(a, b) a##b
 #define AAPO_NAME(level) AAPO_JOIN(kernels_, level)
 extern const Kernels AAPO_NAME(AAPO_LEVEL);
-const Kernels AAPO_NAME(AAPO_LEVEL) = {statistics, gradient, both_sweeps, count_at_least,
-                                            sample,     add_gathered, exp_of};
+const Kernels AAPO_NAME(AAPO_LEVEL) = {statistics, gradient, both_sweeps, sample, add_gathered, exp_of};
 
 } // namespace aapo_fast

@@ -58,6 +58,8 @@ struct Found {
   int32_t *column; // (C, capacity)
   float *value;    // (C, capacity)
   int64_t capacity;
+  int64_t *counts; // (C,) entries of each row
+  double *means;   // (C,) and how many they are in the mean over the uniforms
 };
 
 enum class Type { FP32, BF16, FP16 };
@@ -80,12 +82,9 @@ struct Kernels {
   void (*gradient)(const Block &, const Wanted &, int64_t begin, int64_t end);
   // Both, for coefficients known beforehand.
   void (*both_sweeps)(const Block &, const float *on_logp, const Partials &, int64_t begin, int64_t end);
-  // Of each row at least how many entries it has, in the mean over the uniforms.
-  void (*count_at_least)(const Block &, const Wanted &, const Tiles &, const Sample &, double *entries, int64_t begin,
-                         int64_t end);
-  // Sparse gradient entries of each row, and their number.
-  void (*sample)(const Block &, const Wanted &, const Tiles &, const Sample &, const Found &, int64_t *counts,
-                 int64_t begin, int64_t end);
+  // Sparse gradient entries of each row.
+  void (*sample)(const Block &, const Wanted &, const Tiles &, const Sample &, const Found &, int64_t begin,
+                 int64_t end);
   void (*add_gathered)(const Gather &, int64_t begin, int64_t end);
   // Of x <= 0.
   void (*exp)(const float *x, float *out, int64_t begin, int64_t end);

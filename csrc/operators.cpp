@@ -21,12 +21,12 @@
 namespace aapo_fast {
 namespace {
 
-constexpr int64_t INTERFACE = 4;
+constexpr int64_t INTERFACE = 5;
 constexpr int64_t GRAIN = 1 << 15; // logits below which a second thread costs more than it brings
 
-// Calls work(begin, end) for parts of the rows, on PyTorch's threads.
-template <class Work> void over_rows(const Block &block, const Work &work) {
-  torch::stable::parallel_for(0, block.num_rows, std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, block.vocab)), work);
+// Calls work(begin, end) for parts of so many rows, on PyTorch's threads.
+template <class Work> void over_rows(const Block &block, int64_t num_rows, const Work &work) {
+  torch::stable::parallel_for(0, num_rows, std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, block.vocab)), work);
 }
 
 // --- operators: the sweeps -------------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ void statistics(const Tensor &products, const Tensor &targets, const Tensor &tem
   const Block block = block_of(products, targets, temperature, scale, softcap);
   const Partials to = partials_of(partials, block);
   const Tiles kept = tiles.has_value() ? tiles_of(*tiles, block) : Tiles{};
-  over_rows(block, [&](int64_t begin, int64_t end) { k.statistics(block, to, kept, begin, end); });
+  over_rows(block, block.num_rows, [&](int64_t begin, int64_t end) { k.statistics(block, to, kept, begin, end); });
 }
 
 void gradient(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
@@ -48,7 +48,7 @@ void gradient(const Tensor &products, const Tensor &targets, const Tensor &tempe
   const Kernels &k = kernels(level);
   const Block block = block_of(products, targets, temperature, scale, softcap);
   const Wanted w = wanted_of(row_max, total, entropy, on_logp, on_entropy, on_logsumexp, block);
-  over_rows(block, [&](int64_t begin, int64_t end) { k.gradient(block, w, begin, end); });
+  over_rows(block, block.num_rows, [&](int64_t begin, int64_t end) { k.gradient(block, w, begin, end); });
 }
 
 void both_sweeps(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
@@ -57,14 +57,14 @@ void both_sweeps(const Tensor &products, const Tensor &targets, const Tensor &te
   const Block block = block_of(products, targets, temperature, scale, softcap);
   const Partials to = partials_of(partials, block);
   const float *a = vector_of<float>(on_logp, block.num_rows, "on_logp");
-  over_rows(block, [&](int64_t begin, int64_t end) { k.both_sweeps(block, a, to, begin, end); });
+  over_rows(block, block.num_rows, [&](int64_t begin, int64_t end) { k.both_sweeps(block, a, to, begin, end); });
 }
 
 // --- operators: sparse rows ------------------------------------------------------------------------------------------
 
-// Entries of row r go to [starts[r], starts[r + 1]) of the packed ones. None are found, and the last of `starts` is -1,
-// where they would surely be more than `most` in the mean over the uniforms: that choice must not look at the uniforms,
-// since it would bias the sample.
+// Entries of row r go to [starts[r], starts[r + 1]) of the packed ones. The last of `starts` is -1 where there are more than
+// `most` in the mean over the uniforms: that choice must not look at the uniforms, since it would bias the sample. An
+// eighth of the rows is sampled first, and the others only if those do not say so clearly.
 void sample_entries(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
                     std::optional<double> softcap, const Tensor &row_max, const Tensor &total, const Tensor &entropy,
                     const Tensor &on_logp, const std::optional<Tensor> &on_entropy,
@@ -76,28 +76,31 @@ void sample_entries(const Tensor &products, const Tensor &targets, const Tensor 
   const Wanted w = wanted_of(row_max, total, entropy, on_logp, on_entropy, on_logsumexp, block);
   const Tiles kept = tiles_of(tiles, block);
   const Sample sample = sample_of(uniforms, threshold, block);
-  const Found found = found_of(column, value, block.num_rows);
-  int64_t *slots = vector_of<int64_t>(starts, block.num_rows + 1, "starts");
-  std::vector<double> at_least(size_t(block.num_rows));
-  over_rows(block, [&](int64_t begin, int64_t end) {
-    k.count_at_least(block, w, kept, sample, at_least.data(), begin, end);
-  });
-  slots[0] = 0;
-  if (std::accumulate(at_least.begin(), at_least.end(), 0.0) > most) {
-    slots[block.num_rows] = -1;
+  Found found = found_of(column, value, starts, block.num_rows);
+  const int64_t n = block.num_rows, first_rows = (n + 7) / 8;
+  std::vector<double> means(static_cast<size_t>(n));
+  found.means = means.data();
+  const auto sample_rows = [&](int64_t from, int64_t to) {
+    over_rows(block, to - from, [&](int64_t begin, int64_t end) {
+      k.sample(block, w, kept, sample, found, from + begin, from + end);
+    });
+    return std::accumulate(means.begin() + from, means.begin() + to, 0.0);
+  };
+  int64_t *slots = found.counts - 1;
+  const double first = sample_rows(0, first_rows);
+  if (first * double(n) > 2 * most * double(first_rows) || first + sample_rows(first_rows, n) > most) {
+    slots[n] = -1;
     return;
   }
-  over_rows(block, [&](int64_t begin, int64_t end) {
-    k.sample(block, w, kept, sample, found, slots + 1, begin, end);
-  });
-  std::partial_sum(slots, slots + block.num_rows + 1, slots);
+  slots[0] = 0;
+  std::partial_sum(slots, slots + n + 1, slots);
 }
 
 void pack_entries(const Tensor &found_column, const Tensor &found_value, const Tensor &starts, const Tensor &row,
                   const Tensor &column, const Tensor &value) {
   const int64_t num_rows = starts.numel() - 1, count = row.numel();
-  const Found found = found_of(found_column, found_value, num_rows);
-  const int64_t *slots = vector_of<int64_t>(starts, num_rows + 1, "starts");
+  const Found found = found_of(found_column, found_value, starts, num_rows);
+  const int64_t *slots = found.counts - 1;
   bool fits = num_rows >= 0 && slots[0] == 0 && slots[num_rows] == count;
   for (int64_t r = 0; fits && r < num_rows; ++r)
     fits = slots[r] <= slots[r + 1] && slots[r + 1] - slots[r] <= found.capacity;

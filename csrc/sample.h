@@ -46,7 +46,7 @@ struct Walk {
   const RowGradient wanted;
   const float threshold;
   const double units; // what a probability of one counts
-  int64_t stands;
+  int64_t stands, num_exact = 0;
   Writer writer;
 
   Walk(const Block &block, const Wanted &every, const Tiles &tiles, const Sample &sample, const Found &found,
@@ -192,6 +192,7 @@ struct Stretch {
   void keep_exact() {
     over(heavy, [this](int64_t tile) {
       const OpenTile open(walk, tile, true);
+      walk.num_exact += __builtin_popcountll(open.exact);
       for (uint64_t exact = open.exact; exact != 0; exact &= exact - 1) {
         const int64_t at = __builtin_ctzll(exact);
         walk.writer.write(tile * TILE + at, open.p[at]);
@@ -246,8 +247,10 @@ template <bool CAPPED> void to_gradient(const Walk &walk) {
   }
 }
 
-// Entries and their number.
-inline int64_t sample_row(Walk &walk) {
+inline void sample_row(const Block &block, const Wanted &wanted, const Tiles &tiles, const Sample &sample,
+                       const Found &found, int64_t row) {
+  Walk walk(block, wanted, tiles, sample, found, row);
+  const int64_t begun = walk.stands;
   for (int64_t first = 0; walk.walkable() && first < walk.num_tiles(); first += STRETCH) {
     Stretch stretch(walk, first, least(first + STRETCH, walk.num_tiles()));
     stretch.measure();
@@ -258,26 +261,8 @@ inline int64_t sample_row(Walk &walk) {
     to_gradient<true>(walk);
   else
     to_gradient<false>(walk);
-  return walk.writer.count;
-}
-
-// A lower bound of the mean number of entries over the uniforms, from what sweep 1 kept: the dust of light tiles over
-// eps, and of a heavy tile its sum over its largest. (An entry p counts min(1, p / eps); of all tiles with that sum and
-// that largest entry, the one whose other entries are as large or zero counts least.)
-inline double at_least(const Walk &walk) {
-  Floats entries{};
-  Shares shares(walk);
-  for (int64_t panel = 0; walk.walkable() && panel < walk.num_tiles(); panel += TILES_A_PANEL) {
-    const float share = shares.of(panel / TILES_A_PANEL);
-    const Floats reaches = all(walk.threshold / share);
-    const int64_t stop = least(panel + TILES_A_PANEL, walk.num_tiles());
-    for (int64_t tile = panel; tile < stop; tile += WIDTH) {
-      const int64_t n = least(WIDTH, stop - tile);
-      const Floats mass = load(walk.tiles.mass + tile, n), peak = load(walk.tiles.peak + tile, n);
-      entries += mass / (peak >= reaches ? peak : reaches);
-    }
-  }
-  return sum(entries);
+  found.counts[row] = walk.writer.count;
+  found.means[row] = double(walk.num_exact) + double(walk.stands - begun) / double(ONE);
 }
 
 } // namespace

@@ -9,7 +9,7 @@ from native_support import block, coefficients
 from op_support import relative, with_target
 
 from aapo_fast.ops import native
-from aapo_fast.ops.linear_policy import sparse
+from aapo_fast.ops.linear_policy import rows_native, sparse
 from aapo_fast.ops.linear_policy.rows_native import NativeRows
 from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Transform, finish, merge
 
@@ -254,12 +254,24 @@ def test_rows_longer_than_what_is_listed_at_a_time(level):
 
 
 def test_dense_rows_where_they_are_cheaper_whatever_the_uniforms():
-    flat, _ = block(5000, rows=8, scale=0.1)
-    peaked, _ = block(5000, rows=8, scale=12)
+    flat, _ = block(5000, rows=24, scale=0.1)
+    peaked, _ = block(5000, rows=24, scale=12)
+    late = torch.cat([peaked[:3], flat[3:]])  # the rows that are sampled first do not say so
     for u in (0.0, 0.5, 0.999):
-        assert sample(flat, 2**-13, torch.full((8,), u)) is None
-        assert sample(peaked, 2**-13, torch.full((8,), u)) is not None
-        assert sample(flat, 2**-13, torch.full((8,), u), on_logp=0.0).row.numel() == 0
+        assert sample(flat, 2**-13, torch.full((24,), u)) is None
+        assert sample(late, 2**-13, torch.full((24,), u)) is None
+        assert sample(peaked, 2**-13, torch.full((24,), u)) is not None
+        assert sample(flat, 2**-13, torch.full((24,), u), on_logp=0.0).row.numel() == 0
+
+
+def test_the_choice_is_by_the_mean_number_of_entries(monkeypatch, level):
+    """Just below and just above it, of rows with entries above eps and below, at any uniforms."""
+    products, _ = block(3000, rows=9, scale=3)
+    mean = (products.double().softmax(1) / 2**-9).clamp(max=1).sum().item() / products.numel()
+    for u in (0.0, 0.999):
+        for share, is_sparse in ((0.9999, False), (1.0001, True)):
+            monkeypatch.setattr(rows_native, "DENSE_SHARE", share * mean)
+            assert (sample(products, 2**-9, torch.full((9,), u)) is not None) == is_sparse
 
 
 # --- the sparse products ---------------------------------------------------------------------------------------------

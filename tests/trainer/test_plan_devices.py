@@ -10,6 +10,8 @@ from torch import distributed as dist
 
 from aapo_fast import config
 from aapo_fast.data.packing import Weighted
+from aapo_fast.ops import native
+from aapo_fast.ops.linear_policy import rows_torch
 from aapo_fast.trainer import plan, plan_shape, plan_time
 
 H100 = plan_shape.GPUS["h100"]
@@ -62,7 +64,7 @@ needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch
 )
 def test_the_first_of_real_ranks_holds_what_is_planned(tmp_path, world, options):
     """To the byte; and the most at once, in forward, backward and AdamW, is 0.89 to 1.05 of the plan, whose parts are
-    not all there together. On a CPU the head's buffer is a smaller one.
+    not all there together. On a CPU the head's buffer is a smaller one, and row kernels in PyTorch keep a block besides.
     """
     tree = make_tree(tmp_path, **options)
     found = ranks_support.results(world, ranks_support.held, tree, samples(world))
@@ -74,8 +76,10 @@ def test_the_first_of_real_ranks_holds_what_is_planned(tmp_path, world, options)
     pieces = world if settings.model.vocabulary_parallel else 1
     columns = replace(shape, vocab=-(-shape.vocab // pieces))
     buffer = plan.head_buffer_bytes(1024 * pieces, columns, on_gpu=False)
+    block = 0 if native.why_not() is None else min(buffer, rows_torch.BLOCK_BYTES)
     at_once = [p for p in parts.values() if p.phase in ("always", "training") and p.name != "head: logits"]
-    assert 0.88 < found[0]["peak"] / (plan.peak(at_once) + buffer) < 1.055
+    planned_most = plan.peak(at_once) + buffer
+    assert 0.88 * planned_most < found[0]["peak"] < 1.055 * (planned_most + block)
 
 
 # --- by hand --------------------------------------------------------------------------------------------------------

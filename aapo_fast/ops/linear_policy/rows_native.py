@@ -33,10 +33,9 @@ ROWS_A_THREAD = 4
 TILE, PANEL = 64, 1024
 """Columns of which sweep 1 keeps the sum, and the maximum; as in csrc/kernels.h."""
 
-DENSE_SHARE = 0.04
+DENSE_SHARE = 0.06
 """From this share of the vocabulary on, sparse products cost more than dense ones. Measured on two cores it is 0.09
-(docs/LOG.md). What is compared with it is a lower bound of the entries, up to 1.8 times too low where rows are of
-medium entropy; the rest is kept in hand for processors that compute more for each byte they read."""
+(docs/LOG.md); the rest is kept in hand for processors that compute more for each byte they read."""
 
 
 class NativeRows:
