@@ -88,7 +88,7 @@ void sample_entries(const Tensor &products, const Tensor &targets, const Tensor 
   };
   int64_t *slots = found.counts - 1;
   const double first = sample_rows(0, first_rows);
-  if (first * double(n) > 2 * most * double(first_rows) || first + sample_rows(first_rows, n) > most) {
+  if (first * double(n) > 1.5 * most * double(first_rows) || first + sample_rows(first_rows, n) > most) {
     slots[n] = -1;
     return;
   }

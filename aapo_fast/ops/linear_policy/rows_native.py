@@ -33,8 +33,8 @@ ROWS_A_THREAD = 4
 TILE, PANEL = 64, 1024
 """Columns of which sweep 1 keeps the sum, and the maximum; as in csrc/kernels.h."""
 
-DENSE_SHARE = 0.06
-"""From this share of the vocabulary on, sparse products cost more than dense ones. Measured on two cores it is 0.09
+DENSE_SHARE = 0.08
+"""From this share of the vocabulary on, sparse products cost more than dense ones. Measured on two cores it is 0.11
 (docs/LOG.md); the rest is kept in hand for processors that compute more for each byte they read."""
 
 
