@@ -1,11 +1,11 @@
-"""What the native row kernels and huge pages save of the quickstart's training step, paired.
+"""What the native row kernels save of the quickstart's training step, paired.
 
-    python benchmarks/native_step.py [--processes 3] [--rounds 5] [--output benchmarks/results/cpu/native_step.json]
+    python benchmarks/native_step.py [--processes 3] [--rounds 6] [--output benchmarks/results/cpu/native_step.json]
 
-Child processes with and without huge pages (THP_MEM_ALLOC_ENABLE, which the command line sets) take turns. In each, the
-optimizer step on one and the same batch of the quickstart alternates between row kernels in PyTorch and in C++, with
-exact and with sparse gradient rows, at learning rate zero, so that every step does the same work. Rollouts are drawn
-once a process, and timed for the share.
+In each child process the optimizer step on one and the same batch of the quickstart alternates between row kernels in
+PyTorch and in C++, with exact and with sparse gradient rows, at learning rate zero, so that every step does the same
+work. Rollouts are drawn once a process, and timed for the share. The loss within the step, which is all that row
+kernels change, is timed besides: with exact rows the rest of a step varies by more than they save.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -24,22 +23,30 @@ from typing import Any
 
 from aapo_fast import cli, config
 
-PAGES = {"small pages": "0", "huge pages": "1"}
 WAYS = {
     f"{backward}, {implementation}": {"backward": backward, "implementation": implementation}
     for backward in ("exact", "sparse")
     for implementation in ("torch", "native")
 }
-BEFORE = "exact, torch"
+LOSS = ": the loss alone"
 
 
 def child(rounds: int) -> None:
     """Print the seconds of each kind of step, and of a rollout, as one line of JSON."""
     from aapo_fast.data.packing import Weighted
-    from aapo_fast.trainer import sampling, setup
+    from aapo_fast.trainer import policy, sampling, setup
     from aapo_fast.trainer.display import Display
     from aapo_fast.trainer.step import optimizer_step
 
+    in_loss, real_loss = [0.0], policy.linear_policy_loss
+
+    def timed_loss(*given: Any, **named: Any) -> Any:
+        start = time.perf_counter()
+        result = real_loss(*given, **named)
+        in_loss[0] += time.perf_counter() - start
+        return result
+
+    policy.linear_policy_loss = timed_loss
     with tempfile.TemporaryDirectory() as folder:
         settings = config.load(cli.QUICKSTART, [("run.folder", f"{folder}/run"), ("reference.mode", "none")])
         with setup.prepare(settings, Display(quiet=True)) as run:
@@ -51,38 +58,38 @@ def child(rounds: int) -> None:
             for number in range(rounds + 1):
                 for name, changes in WAYS.items():
                     run.policy.how = dataclasses.replace(run.policy.how, **changes)
-                    start = time.perf_counter()
+                    in_loss[0], start = 0.0, time.perf_counter()
                     optimizer_step(run.policy, run.optimizer, samples, settings.train, lr=0.0)
                     if number:  # the first round makes the optimizer's state
                         seconds.setdefault(name, []).append(time.perf_counter() - start)
+                        seconds.setdefault(f"{name}{LOSS}", []).append(in_loss[0])
     print(json.dumps(seconds))
 
 
-def measure(processes: int, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds by pages, then by kernels."""
-    found: dict[str, dict[str, list[float]]] = {pages: {} for pages in PAGES}
+def measure(processes: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds by kernels."""
+    found: dict[str, list[float]] = {}
     for number in range(processes):
-        for pages, value in PAGES.items():
-            environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": value}
-            command = [sys.executable, __file__, "--child", "--rounds", str(rounds)]
-            out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-            for name, seconds in json.loads(out.splitlines()[-1]).items():
-                found[pages].setdefault(name, []).extend(seconds)
-            medians = {name: f"{statistics.median(s):.2f} s" for name, s in found[pages].items()}
-            print(f"process {number + 1} of {processes}, {pages}: {medians}", file=sys.stderr, flush=True)
+        command = [sys.executable, __file__, "--child", "--rounds", str(rounds)]
+        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        for name, seconds in json.loads(out.splitlines()[-1]).items():
+            found.setdefault(name, []).extend(seconds)
+        medians = {name: f"{statistics.median(s):.2f} s" for name, s in found.items()}
+        print(f"process {number + 1} of {processes}: {medians}", file=sys.stderr, flush=True)
     return found
 
 
-def summary(found: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
-    """Medians of seconds, and of the paired ratios to exact PyTorch rows with the range of their middle half."""
-    result: dict[str, Any] = {}
-    for pages, seconds in found.items():
-        result[pages] = {"rollout_seconds": statistics.median(seconds["rollout"])}
-        for name in WAYS:
-            ratios = sorted(t / before for t, before in zip(seconds[name], seconds[BEFORE], strict=True))
-            result[pages][name] = {
-                "seconds": statistics.median(seconds[name]),
-                "of_before": statistics.median(ratios),
+def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians of seconds; and of native rows the paired ratios to PyTorch's, with the range of their middle half."""
+    result: dict[str, Any] = {"rollout_seconds": statistics.median(seconds["rollout"])}
+    for backward in ("exact", "sparse"):
+        for part in ("", LOSS):
+            before, after = (seconds[f"{backward}, {rows}{part}"] for rows in ("torch", "native"))
+            ratios = [a / b for a, b in zip(after, before, strict=True)]
+            result[f"{backward}{part}"] = {
+                "torch_seconds": statistics.median(before),
+                "native_seconds": statistics.median(after),
+                "ratio": statistics.median(ratios),
                 "middle_half": statistics.quantiles(ratios, n=4)[::2],
                 "quicker_in": f"{sum(r < 1 for r in ratios)} of {len(ratios)}",
             }
@@ -91,8 +98,8 @@ def summary(found: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=3, help="of each kind (default 3)")
-    parser.add_argument("--rounds", type=int, default=5, help="pairs of steps in each process (default 5)")
+    parser.add_argument("--processes", type=int, default=3, help="default 3")
+    parser.add_argument("--rounds", type=int, default=6, help="pairs of steps in each process (default 6)")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

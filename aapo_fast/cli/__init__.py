@@ -17,9 +17,6 @@ QUICKSTART = Path(__file__).with_name("quickstart.toml")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``aapo-fast``; returns the exit status: 0, 1 (a check failed), 2 (bad input), 130 (Ctrl-C)."""
-    # Huge pages for torch's CPU tensors, before it makes the first: gradients are fresh memory in every step. Their
-    # page faults cost a training step between nothing and a tenth (docs/LOG.md).
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         rest, overrides = _split_overrides(sys.argv[1:] if argv is None else list(argv))
         arguments = _parser().parse_args(rest)
