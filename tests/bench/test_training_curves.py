@@ -1,0 +1,42 @@
+"""benchmarks/training_curves.py trains with both kinds of gradient rows, goes on where it stopped, and draws."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import support
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_tiny_runs(tmp_path, tiny_model):
+    data = support.write_jsonl(tmp_path / "data.jsonl", [{"question": f"say {i}:", "answer": "x"} for i in range(12)])
+    changes = {
+        "model.path": tiny_model, "data.source": data, "data.options": "{}", "data.template": "{question}",
+        "data.size": 12, "data.held_out": 4, "rewards.0.function": "reward_functions:starts_with_answer",
+        "rewards.0.extract": "", "train.steps": 2, "train.warmup_steps": 0, "eval.every": 1,
+    }  # fmt: skip
+    settings = [part for key, value in changes.items() for part in (f"--{key}", str(value))]
+    output, picture = tmp_path / "out.json", tmp_path / "curves.svg"
+    script = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "training_curves.py"),
+        "--output",
+        str(output),
+        "--picture",
+        str(picture),
+    ]
+
+    def curves(*more):
+        done = subprocess.run([*script, *more, *settings], capture_output=True, text=True, cwd=ROOT / "tests")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done, json.loads(output.read_text())["runs"]
+
+    _, first = curves("--seeds", "3")
+    assert [(r["backward"], r["seed"]) for r in first] == [("exact", 3), ("sparse", 3)]
+    assert all(len(r["reward"]) == 2 and r["evaluated_at"] == [0, 1, 2] for r in first)
+    assert picture.read_text().count("exact gradient rows") == 1
+    picture.unlink()
+    done, again = curves("--seeds", "3")
+    assert again == first and "run 1 of" not in done.stderr and picture.exists()
