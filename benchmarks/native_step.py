@@ -2,10 +2,11 @@
 
     python benchmarks/native_step.py [--processes 3] [--rounds 6] [--output benchmarks/results/cpu/native_step.json]
 
-In each child process the optimizer step on one and the same batch of the quickstart alternates between row kernels in
-PyTorch and in C++, with exact and with sparse gradient rows, at learning rate zero, so that every step does the same
-work. Rollouts are drawn once a process, and timed for the share. The loss within the step, which is all that row
-kernels change, is timed besides: with exact rows the rest of a step varies by more than they save.
+In each child process the optimizer step on one and the same batch of the quickstart takes turns between row kernels in
+PyTorch and in C++, with exact and with sparse gradient rows, forwards and backwards through the four, at learning rate
+zero, so that every step does the same work. Rollouts are drawn once a process, and timed for the share. The loss within
+the step, which is all that row kernels change, is timed besides: with exact rows the rest of a step varies by more than
+they save.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -56,7 +58,7 @@ def child(rounds: int) -> None:
             # Every completion counts: how many have an advantage differs from step to step.
             samples = [Weighted(sample, 0.5) for group in groups for sample in group.samples]
             for number in range(rounds + 1):
-                for name, changes in WAYS.items():
+                for name, changes in list(WAYS.items())[:: 1 if number % 2 else -1]:
                     run.policy.how = dataclasses.replace(run.policy.how, **changes)
                     in_loss[0], start = 0.0, time.perf_counter()
                     optimizer_step(run.policy, run.optimizer, samples, settings.train, lr=0.0)
@@ -71,7 +73,7 @@ def measure(processes: int, rounds: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for number in range(processes):
         command = [sys.executable, __file__, "--child", "--rounds", str(rounds)]
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         for name, seconds in json.loads(out.splitlines()[-1]).items():
             found.setdefault(name, []).extend(seconds)
         medians = {name: f"{statistics.median(s):.2f} s" for name, s in found.items()}
@@ -103,13 +105,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds must be at least 2: the range of fewer pairs says nothing")
     if arguments.child:
         child(arguments.rounds)
         return
     found = measure(arguments.processes, arguments.rounds)
     from aapo_fast.bench import machine
 
-    result = {"machine": machine.describe("transformers"), "seconds": found, "summary": summary(found)}
+    command = shlex.join(["python", "benchmarks/native_step.py", *sys.argv[1:]])
+    result = {
+        "machine": machine.describe("transformers"),
+        "command": command,
+        "seconds": found,
+        "summary": summary(found),
+    }
     print(json.dumps(result["summary"], indent=2))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

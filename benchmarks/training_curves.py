@@ -33,10 +33,13 @@ def run(backward: str, seed: int, more: list[str]) -> dict[str, Any]:
         settings = ["--loss.backward", backward, "--run.seed", str(seed), "--run.folder", f"{folder}/run", *more]
         settings += ["--reference.cache", f"{folder}/reference.sqlite"]
         subprocess.run([sys.executable, "-m", "aapo_fast.cli", "quickstart", *settings], check=True, stdout=sys.stderr)
-        steps, evaluations = (read_lines(Path(folder, "run", name)) for name in (METRICS, EVALUATIONS))
+        steps = read_lines(Path(folder, "run", METRICS))
+        evaluated = Path(folder, "run", EVALUATIONS)
+        evaluations = read_lines(evaluated) if evaluated.exists() else []
     return {
         "backward": backward,
         "seed": seed,
+        "options": more,
         "reward": [record["reward"] for record in steps],
         "entropy": [record["entropy"] for record in steps],
         "evaluated_at": [record["step"] for record in evaluations],
@@ -49,10 +52,10 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     found = {}
     for backward in COLOURS:
         own = [r for r in runs if r["backward"] == backward]
-        late = [statistics.mean(r["reward"][-max(1, len(r["reward"]) // 4) :]) for r in own]
+        late = [statistics.fmean(r["reward"][-max(1, len(r["reward"]) // 4) :]) for r in own]
         found[backward] = {
             "seeds": [r["seed"] for r in own],
-            "accuracy": [r["greedy_accuracy"][-1] for r in own],
+            "accuracy": [r["greedy_accuracy"][-1] if r["greedy_accuracy"] else None for r in own],
             "late_reward": [round(value, 4) for value in late],
         }
     return found
@@ -92,14 +95,15 @@ def main() -> None:
     result |= {"machine": machine.describe("transformers"), "runs": []}
     if arguments.output.exists():
         result["runs"] = json.loads(arguments.output.read_text())["runs"]
+    if any(r["options"] != more for r in result["runs"]):
+        parser.error(
+            f"{arguments.output} holds runs with other options than {shlex.join(more) or 'none'}; name another"
+        )
     done = {(r["backward"], r["seed"]) for r in result["runs"]}
-    wanted = [(backward, seed) for seed in arguments.seeds for backward in COLOURS]
-    for backward, seed in wanted:
-        if (backward, seed) in done:
-            continue
-        print(f"{backward}, seed {seed}: run {len(done) + 1} of {len(wanted)}", file=sys.stderr, flush=True)
+    wanted = [(b, seed) for seed in arguments.seeds for b in COLOURS if (b, seed) not in done]
+    for number, (backward, seed) in enumerate(wanted, 1):
+        print(f"{backward}, seed {seed}: run {number} of {len(wanted)}", file=sys.stderr, flush=True)
         result["runs"].append(run(backward, seed, more))
-        done.add((backward, seed))
         result["summary"] = summary(result["runs"])
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")

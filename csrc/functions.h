@@ -9,8 +9,9 @@ namespace {
 
 constexpr float EXP_LOWEST = -104.0f; // exp is 0 from here down: below half the smallest subnormal number
 
-// exp(x) for x <= 0 and what is left of x: below EXP_LOWEST it is cut, where exp is zero, so that x exp(x) is zero and not
-// NaN. Within 2 units in the last place, subnormal results included; NaN stays.
+// exp(x) for x <= 0 (differences from a maximum, and the -2|y| of tanh) and what is left of x: below EXP_LOWEST it is cut,
+// where exp is zero, so that x exp(x) is zero and not NaN. Within 2 units in the last place, subnormal results included.
+// Of NaN nothing is promised: its low bits may reach the exponent. Of x above 1 neither.
 //
 // x = n log 2 + r with |r| <= log(2) / 2; exp(r) = 1 + r + r^2 q(r), q fitted to 3e-9 of exp(r).
 AAPO_INLINE Floats exp_and_cut(Floats &x) {

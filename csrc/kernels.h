@@ -86,7 +86,7 @@ struct Kernels {
   void (*sample)(const Block &, const Wanted &, const Tiles &, const Sample &, const Found &, int64_t begin,
                  int64_t end);
   void (*add_gathered)(const Gather &, int64_t begin, int64_t end);
-  // Of x <= 0.
+  // Of x <= 0; NaN may become a number.
   void (*exp)(const float *x, float *out, int64_t begin, int64_t end);
 };
 

@@ -62,9 +62,10 @@ void both_sweeps(const Tensor &products, const Tensor &targets, const Tensor &te
 
 // --- operators: sparse rows ------------------------------------------------------------------------------------------
 
-// Entries of row r go to [starts[r], starts[r + 1]) of the packed ones. The last of `starts` is -1 where there are more than
-// `most` in the mean over the uniforms: that choice must not look at the uniforms, since it would bias the sample. An
-// eighth of the rows is sampled first, and the others only if those do not say so clearly.
+// Entries of row r go to [starts[r], starts[r + 1]) of the packed ones. Where there are more than `most` in the mean over
+// the uniforms, the last of `starts` is -1, and the others say nothing: that choice must not look at the uniforms, since
+// it would bias the sample. An eighth of the rows is sampled first, and the others only if it has less than 1.5 eighths of
+// `most`: a block of which nothing is kept should not be walked to the end.
 void sample_entries(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
                     std::optional<double> softcap, const Tensor &row_max, const Tensor &total, const Tensor &entropy,
                     const Tensor &on_logp, const std::optional<Tensor> &on_entropy,
@@ -161,6 +162,7 @@ void add_transposed_times(const Tensor &row, const Tensor &column, const Tensor 
 
 // --- operators: for tests and for doctor -----------------------------------------------------------------------------
 
+// Of x <= 0.
 void exp(const Tensor &x, const Tensor &out, int64_t level) {
   const Kernels &k = kernels(level);
   const float *from = vector_of<float>(x, x.numel(), "x");

@@ -78,7 +78,9 @@ Sums sweep_1(const float *x, int64_t vocab, const RowTransform &transform, const
     }
     if constexpr (KEEP)
       tiles.level[start / PANEL] = top;
-    join(row, top, panel_mass, sum(pull));
+    // A NaN whose low bits are set comes out of exp as a number, but never out of its product with the logit.
+    const float pulled = sum(pull);
+    join(row, top, pulled == pulled ? panel_mass : pulled, pulled);
   }
   return row;
 }

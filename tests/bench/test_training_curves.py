@@ -28,9 +28,9 @@ def test_tiny_runs(tmp_path, tiny_model):
         str(picture),
     ]
 
-    def curves(*more):
+    def curves(*more, status=0):
         done = subprocess.run([*script, *more, *settings], capture_output=True, text=True, cwd=ROOT / "tests")
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == status, done.stdout + done.stderr
         return done, json.loads(output.read_text())["runs"]
 
     _, first = curves("--seeds", "3")
@@ -40,3 +40,5 @@ def test_tiny_runs(tmp_path, tiny_model):
     picture.unlink()
     done, again = curves("--seeds", "3")
     assert again == first and "run 1 of" not in done.stderr and picture.exists()
+    done, kept = curves("--seeds", "4", "--train.steps", "1", status=2)
+    assert kept == first and "holds runs with other options" in done.stderr
