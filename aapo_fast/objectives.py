@@ -17,7 +17,8 @@ Three methods are optional:
     num_rows() -> int or None         N of the tensors it was built with, checked against the call's
 
 Under ``torch.compile`` an objective that is a dataclass of tensors, numbers and other such objectives (all of those
-here) stays in one visit; any other callable is right but costs a fourth matrix product.
+here) stays in one visit; any other callable is right but costs a fourth matrix product. (torch 2.10 traces those here,
+and breaks the graph at one of your own.)
 
 Letters: N rows (tokens), C rows of one chunk, B sequences.
 """
