@@ -1,14 +1,20 @@
 """Small real things for tests: a tokenizer, tiny models of several families, configs."""
 
 import json
+import os
+import shutil
 import string
 from functools import cache
 
+import pytest
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from aapo_fast.types import Problem, Sample
+
+HAS_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is not None
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler in PATH, and Inductor needs one on a CPU")
 
 CHARACTERS = string.ascii_lowercase + string.digits + " +=?:.\n"
 

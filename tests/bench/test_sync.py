@@ -27,7 +27,7 @@ def test_ipc_without_a_gpu_is_a_row_with_its_reason(tmp_path, monkeypatch):
     )
 
 
-@vllm_support.needs_vllm
+@vllm_support.needs_engine
 @pytest.mark.timeout(600)
 def test_every_strategy_is_measured_with_the_bytes_that_it_sends(tmp_path, monkeypatch):
     """As `aapo-fast bench sync` does, of a tiny model and short completions, on real engines."""

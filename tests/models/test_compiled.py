@@ -2,9 +2,7 @@
 
 import copy
 import functools
-import os
 import random
-import shutil
 
 import pytest
 import ranks_support
@@ -80,6 +78,7 @@ def gradient(policy, samples):
         ("qwen3", 2, "full", "bfloat16"),
     ],
 )
+@support.needs_compiler
 @pytest.mark.usefixtures("traced")
 def test_the_gradient_is_the_same_and_nothing_is_compiled_after_the_first_batch(family, lora, kind, precision):
     dtype = getattr(torch, precision)
@@ -101,7 +100,7 @@ def test_the_gradient_is_the_same_and_nothing_is_compiled_after_the_first_batch(
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+@support.needs_compiler
 def test_the_gradient_is_the_same_by_inductors_own_code():
     """The backend that a run has: layers become C++, forward and backward."""
     model = make_model("llama")
@@ -111,6 +110,7 @@ def test_the_gradient_is_the_same_by_inductors_own_code():
     assert relative(found, gradient(Policy(make_model("llama"), support.tokenizer(), 1.0), make_samples())) < 1e-6
 
 
+@support.needs_compiler
 @pytest.mark.usefixtures("traced")
 def test_generation_is_left_alone():
     model = make_model("llama")
@@ -122,6 +122,7 @@ def test_generation_is_left_alone():
     assert torch.allclose(more.logits[0, -1], whole.logits[0, -1], atol=1e-5) and not counters["frames"]
 
 
+@support.needs_compiler
 @pytest.mark.usefixtures("traced")
 def test_a_copy_computes_with_its_own_weights_by_the_same_code():
     model = make_model("llama")
@@ -137,6 +138,7 @@ def test_a_copy_computes_with_its_own_weights_by_the_same_code():
     assert counters["frames"]["ok"] == made
 
 
+@support.needs_compiler
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_the_gradient_of_two_ranks():
     samples = make_samples()

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import support
 import torch
 from op_support import objectives, problem, relative, variant_problem
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -40,7 +41,7 @@ def test_any_objective_in_one_graph(name, variant):
         assert relative(ours.nan_to_num(), truth.nan_to_num()) < 1e-12 or truth.norm() == 0 == ours.norm()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=support.needs_compiler)])
 def test_token_counts_and_seeds_that_change_do_not_recompile(backend):
     """Inductor lowers everything but our operators to C++: this is the backend that people use."""
     inputs = problem(20, 8, 101, dtype=torch.float32)
@@ -161,6 +162,7 @@ def test_temperature_and_softcap_that_change():
         assert relative(compiled(*arguments), step(*arguments)) < 1e-14
 
 
+@support.needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_autocast_and_strided_operands_in_inductor(dtype):
     """Inductor believes the fake implementation's dtypes and strides: a wrong one is memory corruption."""

@@ -8,7 +8,7 @@ import vllm_support
 
 from aapo_fast import cli
 
-pytestmark = [vllm_support.needs_vllm, pytest.mark.timeout(600)]
+pytestmark = [vllm_support.needs_engine, pytest.mark.timeout(600)]
 
 
 def greedy(folder):

@@ -16,7 +16,7 @@ from aapo_fast.rollout.vllm import process
 from aapo_fast.trainer import loop, setup
 from aapo_fast.trainer.records import read_lines
 
-pytestmark = [vllm_support.needs_vllm, pytest.mark.timeout(900)]
+pytestmark = [vllm_support.needs_engine, pytest.mark.timeout(900)]
 
 LIMIT = 400.0
 

@@ -61,6 +61,7 @@ def server_process(folder, monkeypatch):
     return ServerProcess(settings, KEY, folder / "vllm.log", extra_environment={"PYTHONPATH": path})
 
 
+@vllm_support.needs_engine
 def test_weights_arrive_in_the_order_of_every_sync_and_a_stale_head_shows(tmp_path, monkeypatch, without_gpu):
     vllm_support.save_model(tmp_path / "model", tied=True)
     model, tokenizer = vllm_support.load(tmp_path / "model")

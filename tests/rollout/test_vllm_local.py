@@ -10,7 +10,7 @@ from aapo_fast.rollout.vllm import held, weights
 from aapo_fast.rollout.vllm.local import VLLMEngine
 from aapo_fast.types import SamplingParams, UserError
 
-pytestmark = [vllm_support.needs_vllm, pytest.mark.timeout(600)]
+pytestmark = [vllm_support.needs_engine, pytest.mark.timeout(600)]
 
 LONG = [[2 + (7 * i) % 40 for i in range(300)]]
 """Long enough to fill blocks of the prefix cache."""

@@ -21,7 +21,7 @@ from aapo_fast.trainer.loop import train
 from aapo_fast.trainer.records import read_lines
 from aapo_fast.types import SamplingParams
 
-pytestmark = [vllm_support.needs_vllm, pytest.mark.timeout(600)]
+pytestmark = [vllm_support.needs_engine, pytest.mark.timeout(600)]
 
 LONG = [[2 + (7 * i) % 40 for i in range(300)]]
 

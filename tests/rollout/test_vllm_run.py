@@ -29,7 +29,7 @@ from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.records import read_lines
 from aapo_fast.types import SamplingParams, UserError
 
-pytestmark = [vllm_support.needs_vllm, pytest.mark.timeout(600)]
+pytestmark = [vllm_support.needs_engine, pytest.mark.timeout(600)]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch import distributed as dist
 
 from aapo_fast.trainer.records import read_lines
 
-pytestmark = [vllm_support.needs_vllm, pytest.mark.timeout(600)]
+pytestmark = [vllm_support.needs_engine, pytest.mark.timeout(600)]
 
 KEY = "a key of the tests"
 HEADERS = {"Authorization": f"Bearer {KEY}"}

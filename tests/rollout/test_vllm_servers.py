@@ -26,7 +26,7 @@ from aapo_fast.rollout.vllm.transport import FolderTransport
 from aapo_fast.rollout.vllm.weights import named_weights
 from aapo_fast.types import SamplingParams, UserError
 
-pytestmark = [vllm_support.needs_vllm, pytest.mark.timeout(900)]
+pytestmark = [vllm_support.needs_engine, pytest.mark.timeout(900)]
 
 KEY = "a key of the tests"
 LIMIT = 120.0
