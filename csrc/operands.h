@@ -101,8 +101,8 @@ Sample sample_of(const Tensor &uniforms, double threshold, const Block &block) {
   return {vector_of<float>(uniforms, block.num_rows, "uniforms"), threshold};
 }
 
-// `starts` has one number more than there are rows, and the counts are where the starts of the rows after them will be.
-Found found_of(const Tensor &column, const Tensor &value, const Tensor &starts, int64_t num_rows) {
+// Without the counts and the means.
+Found found_of(const Tensor &column, const Tensor &value, int64_t num_rows) {
   check_type(column, ScalarType::Int, "column");
   check_type(value, ScalarType::Float, "value");
   STD_TORCH_CHECK(column.dim() == 2 && value.dim() == 2 && column.is_contiguous() && value.is_contiguous() &&
@@ -110,7 +110,7 @@ Found found_of(const Tensor &column, const Tensor &value, const Tensor &starts, 
                   "aapo_fast_native: column and value must be contiguous matrices of one shape with room for ", num_rows,
                   " rows");
   return {static_cast<int32_t *>(column.mutable_data_ptr()), static_cast<float *>(value.mutable_data_ptr()),
-          column.size(1), vector_of<int64_t>(starts, num_rows + 1, "starts") + 1, nullptr};
+          column.size(1), nullptr, nullptr};
 }
 
 Gather gather_of(const Tensor &source, const Tensor &out) {

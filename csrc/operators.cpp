@@ -77,9 +77,11 @@ void sample_entries(const Tensor &products, const Tensor &targets, const Tensor 
   const Wanted w = wanted_of(row_max, total, entropy, on_logp, on_entropy, on_logsumexp, block);
   const Tiles kept = tiles_of(tiles, block);
   const Sample sample = sample_of(uniforms, threshold, block);
-  Found found = found_of(column, value, starts, block.num_rows);
+  Found found = found_of(column, value, block.num_rows);
   const int64_t n = block.num_rows, first_rows = (n + 7) / 8;
   std::vector<double> means(static_cast<size_t>(n));
+  int64_t *slots = vector_of<int64_t>(starts, n + 1, "starts");
+  found.counts = slots + 1; // where a row's count becomes the start of the next
   found.means = means.data();
   const auto sample_rows = [&](int64_t from, int64_t to) {
     over_rows(block, to - from, [&](int64_t begin, int64_t end) {
@@ -87,7 +89,6 @@ void sample_entries(const Tensor &products, const Tensor &targets, const Tensor 
     });
     return std::accumulate(means.begin() + from, means.begin() + to, 0.0);
   };
-  int64_t *slots = found.counts - 1;
   const double first = sample_rows(0, first_rows);
   if (first * double(n) > 1.5 * most * double(first_rows) || first + sample_rows(first_rows, n) > most) {
     slots[n] = -1;
@@ -100,8 +101,8 @@ void sample_entries(const Tensor &products, const Tensor &targets, const Tensor 
 void pack_entries(const Tensor &found_column, const Tensor &found_value, const Tensor &starts, const Tensor &row,
                   const Tensor &column, const Tensor &value) {
   const int64_t num_rows = starts.numel() - 1, count = row.numel();
-  const Found found = found_of(found_column, found_value, starts, num_rows);
-  const int64_t *slots = found.counts - 1;
+  const Found found = found_of(found_column, found_value, num_rows);
+  const int64_t *slots = vector_of<int64_t>(starts, num_rows + 1, "starts");
   bool fits = num_rows >= 0 && slots[0] == 0 && slots[num_rows] == count;
   for (int64_t r = 0; fits && r < num_rows; ++r)
     fits = slots[r] <= slots[r + 1] && slots[r + 1] - slots[r] <= found.capacity;

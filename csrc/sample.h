@@ -70,23 +70,6 @@ struct Walk {
   }
 };
 
-// What one in the sums of sweep 1 is as a probability, in each panel of a row: of WIDTH panels at once, so they are asked
-// for in order, from a multiple of WIDTH on.
-struct Shares {
-  const Walk &walk;
-  alignas(64) float found[WIDTH];
-
-  explicit Shares(const Walk &walk) : walk(walk) {}
-
-  float of(int64_t panel) {
-    if (panel % WIDTH == 0) {
-      const int64_t n = least(WIDTH, (walk.num_tiles() + TILES_A_PANEL - 1) / TILES_A_PANEL - panel);
-      store(found, exp(load(walk.tiles.level + panel, n) - walk.wanted.row_max) * walk.wanted.inverse);
-    }
-    return found[panel % WIDTH];
-  }
-};
-
 // A tile's probabilities, zero beyond the vocabulary.
 struct OpenTile {
   alignas(64) float p[TILE];
@@ -169,9 +152,14 @@ struct Stretch {
 
   // Lengths of light tiles, and which are heavy.
   void measure() {
-    Shares shares(walk);
+    alignas(64) float shares[WIDTH]; // of WIDTH panels, what one in the sums of sweep 1 is as a probability
     for (int64_t panel = first; panel < end; panel += TILES_A_PANEL) {
-      const float share = shares.of(panel / TILES_A_PANEL);
+      const int64_t number = panel / TILES_A_PANEL; // a stretch begins at a multiple of WIDTH
+      if (number % WIDTH == 0) {
+        const Floats level = load(walk.tiles.level + number, least(WIDTH, (end - panel - 1) / TILES_A_PANEL + 1));
+        store(shares, exp(level - walk.wanted.row_max) * walk.wanted.inverse);
+      }
+      const float share = shares[number % WIDTH];
       const double units = share * walk.units;
       const Floats reaches = all(walk.threshold / share);
       const int64_t stop = least(panel + TILES_A_PANEL, end);
