@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from aapo_fast.bench import machine
+from aapo_fast.bench import machine, plots
 from aapo_fast.trainer.records import EVALUATIONS, METRICS, read_lines
 
 COLOURS = {"exact": "tab:blue", "sparse": "tab:orange"}
@@ -63,13 +63,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Reward and accuracy against the step, a line a run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "aapo-fast", "font.size": 9})
-    from matplotlib import pyplot
-
-    figure, (reward, accuracy) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, (reward, accuracy) = plots.pyplot().subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     labelled = set()
     for r in runs:
         name = None if r["backward"] in labelled else f"{r['backward']} gradient rows, a line a seed"
@@ -81,8 +75,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     reward.set(title=f"Reward in training (mean of {SMOOTHED} steps)", xlabel="step", ylim=(0, 1))
     accuracy.set(title="Held-out accuracy, greedy", xlabel="step", ylim=(0, 1))
     reward.legend(fontsize="small", loc="lower right")
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot.close(figure)
+    plots.save(figure, path)
 
 
 def main() -> None:

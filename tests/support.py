@@ -19,6 +19,17 @@ needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler in
 CHARACTERS = string.ascii_lowercase + string.digits + " +=?:.\n"
 
 
+def tiny_quickstart(folder, model, eval_every):
+    """What is typed after `aapo-fast quickstart` for two steps of a tiny model, in `tests/` as the current folder."""
+    data = write_jsonl(folder / "data.jsonl", [{"question": f"say {i}:", "answer": "x"} for i in range(12)])
+    changes = {
+        "model.path": model, "data.source": data, "data.options": "{}", "data.template": "{question}",
+        "data.size": 12, "data.held_out": 4, "rewards.0.function": "reward_functions:starts_with_answer",
+        "rewards.0.extract": "", "train.steps": 2, "train.warmup_steps": 0, "eval.every": eval_every,
+    }  # fmt: skip
+    return [part for key, value in changes.items() for part in (f"--{key}", str(value))]
+
+
 @cache
 def tokenizer():
     """One for all tests that do not change it."""

@@ -40,18 +40,29 @@ PANELS: tuple[tuple[str, Point], ...] = (
 )
 
 
+def pyplot() -> Any:
+    """matplotlib's, for pictures in files that are the same bytes whenever they are made."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "aapo-fast", "font.size": 9})
+    from matplotlib import pyplot as found
+
+    return found
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write the picture and forget it."""
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot().close(figure)
+
+
 def draw(result: Result, path: Path) -> Path | None:
     """One row of panels for each head, dtype and distribution that was measured at several N; None if none was."""
     groups = _groups(result)
     if not groups:
         return None
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "aapo-fast", "font.size": 9})
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
+    figure, axes = pyplot().subplots(
         len(groups), len(PANELS), figsize=(12, 3.4 * len(groups) + 1.2), squeeze=False, layout="constrained"
     )
     drawn = (row.title for case in result.cases for row in case.rows if row.status == "ok")
@@ -62,8 +73,7 @@ def draw(result: Result, path: Path) -> Path | None:
             panel.set(title=name, xlabel="N, tokens", ylabel=label)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot.close(figure)
+    save(figure, path)
     return path
 
 

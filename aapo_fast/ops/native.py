@@ -17,8 +17,10 @@ LEVELS = ("plain", "avx2", "avx512")
 
 _FOLDER = Path(__file__).parent
 _REBUILD = "make native, or pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps aapo-fast"
-_SWEEPS = ("statistics", "gradient", "both_sweeps", "sample_entries")
-_OTHERS = ("pack_entries", "add_times_weight", "add_transposed_times", "exp")
+_OPERATORS = (
+    "statistics", "gradient", "both_sweeps", "sample_entries", "pack_entries", "add_times_weight",
+    "add_transposed_times", "exp",
+)  # fmt: skip
 
 
 @functools.cache
@@ -27,7 +29,7 @@ def why_not() -> str | None:
     reason = _load(_FOLDER)
     if reason is None:
         # All operators write into tensors that they are given, and return nothing.
-        for name in (*_SWEEPS, *_OTHERS):
+        for name in _OPERATORS:
             torch.library.register_fake(f"aapo_fast_native::{name}", lambda *_, **__: None)
     return reason
 

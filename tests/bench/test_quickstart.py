@@ -15,13 +15,7 @@ SCRIPT = ROOT / "benchmarks" / "quickstart.py"
 
 def test_a_tiny_run(tmp_path, tiny_model):
     """On the Hugging Face engine, which starts at once."""
-    data = support.write_jsonl(tmp_path / "data.jsonl", [{"question": f"say {i}:", "answer": "x"} for i in range(12)])
-    changes = {
-        "model.path": tiny_model, "data.source": data, "data.options": "{}", "data.template": "{question}",
-        "data.size": 12, "data.held_out": 4, "rewards.0.function": "reward_functions:starts_with_answer",
-        "rewards.0.extract": "", "train.steps": 2, "train.warmup_steps": 0, "eval.every": 0,
-    }  # fmt: skip
-    settings = [part for key, value in changes.items() for part in (f"--{key}", str(value))]
+    settings = support.tiny_quickstart(tmp_path, tiny_model, eval_every=0)
     command = [sys.executable, str(SCRIPT), "--engine", "hf", "--output", str(tmp_path / "out.json"), *settings]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -8,25 +8,13 @@ from pathlib import Path
 import support
 
 ROOT = Path(__file__).parent.parent.parent
+SCRIPT = ROOT / "benchmarks" / "training_curves.py"
 
 
 def test_tiny_runs(tmp_path, tiny_model):
-    data = support.write_jsonl(tmp_path / "data.jsonl", [{"question": f"say {i}:", "answer": "x"} for i in range(12)])
-    changes = {
-        "model.path": tiny_model, "data.source": data, "data.options": "{}", "data.template": "{question}",
-        "data.size": 12, "data.held_out": 4, "rewards.0.function": "reward_functions:starts_with_answer",
-        "rewards.0.extract": "", "train.steps": 2, "train.warmup_steps": 0, "eval.every": 1,
-    }  # fmt: skip
-    settings = [part for key, value in changes.items() for part in (f"--{key}", str(value))]
+    settings = support.tiny_quickstart(tmp_path, tiny_model, eval_every=1)
     output, picture = tmp_path / "out.json", tmp_path / "curves.svg"
-    script = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "training_curves.py"),
-        "--output",
-        str(output),
-        "--picture",
-        str(picture),
-    ]
+    script = [sys.executable, str(SCRIPT), "--output", str(output), "--picture", str(picture)]
 
     def curves(*more, status=0):
         done = subprocess.run([*script, *more, *settings], capture_output=True, text=True, cwd=ROOT / "tests")
