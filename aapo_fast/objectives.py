@@ -11,7 +11,8 @@ so a new objective is one small function and no kernel knows its name:
 Three methods are optional:
 
     active() -> (N,) bool or None     rows for which it is False have no loss and no gradient whatever their
-                                      log-probability is; they are dropped before the first matrix product
+                                      log-probability is; they are dropped before the first matrix product. On the CPU,
+                                      it spares a GPU's host the wait
     linear() -> LinearWeights or None a loss ``weights[sequence_index[row]] * logp`` is known before its row: a kernel
                                       can sweep it twice in one launch
     num_rows() -> int or None         N of the tensors it was built with, checked against the call's
@@ -322,6 +323,11 @@ def _check_sequences(name: str, advantages: Tensor, sequence_index: Tensor, num_
         raise ValueError(
             f"{name}: sequence_index has shape {tuple(sequence_index.shape)} and dtype {sequence_index.dtype}; "
             "give an int64 vector with the sequence of each row, (N,)"
+        )
+    if advantages.device != sequence_index.device:
+        raise ValueError(
+            f"{name}: advantages is on {advantages.device}, sequence_index is on {sequence_index.device}; put them on "
+            "one device (the CPU will do, whatever device the loss runs on)"
         )
     _check_num_tokens(name, num_tokens)
     # On a GPU the look would wait for the device, and in a traced graph there is nothing to see: an index out of range

@@ -1,4 +1,5 @@
-"""Microbatches to tensors: packed without padding and with shared prompts, or right-padded for models that need it.
+"""Microbatches to tensors, on the CPU: packed without padding and with shared prompts, or right-padded for models that
+need it.
 
 Packed, the tokens of a batch lie in one row. Completions of the same prompt share its tokens: the prompt is computed
 once and each completion sees the prompt and itself. The last token of a completion predicts nothing and is left out.
@@ -32,7 +33,7 @@ class Weighted:
     advantage: float
 
 
-def pack(samples: Sequence[Weighted], device: torch.device | str = "cpu", ragged: bool = False) -> Batch:
+def pack(samples: Sequence[Weighted], ragged: bool = False) -> Batch:
     """One packed row in which completions of the same prompt share its tokens; ``ragged`` for flash attention."""
     ids: list[int] = []
     positions: list[int] = []
@@ -63,32 +64,32 @@ def pack(samples: Sequence[Weighted], device: torch.device | str = "cpu", ragged
         rollout_logps += weighted.sample.logprobs or [math.nan] * len(weighted.sample.token_ids)
 
     return Batch(
-        input_ids=torch.tensor([ids], device=device),
-        position_ids=torch.tensor([positions], device=device),
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
         attention_mask=None,
-        packing=_ragged(problems, device) if ragged else _in_buckets(problems, positions, device),
-        hidden_index=torch.tensor(hidden_index, device=device),
-        targets=torch.tensor(targets, device=device),
-        sequence_index=torch.tensor(sequence_index, device=device),
-        rollout_logps=torch.tensor(rollout_logps, dtype=torch.float32, device=device),
-        advantages=torch.tensor([w.advantage for w in samples], dtype=torch.float32, device=device),
+        packing=_ragged(problems) if ragged else _in_buckets(problems, positions),
+        hidden_index=torch.tensor(hidden_index),
+        targets=torch.tensor(targets),
+        sequence_index=torch.tensor(sequence_index),
+        rollout_logps=torch.tensor(rollout_logps, dtype=torch.float32),
+        advantages=torch.tensor([w.advantage for w in samples], dtype=torch.float32),
     )
 
 
-def _ragged(problems: Sequence[Pair], device: torch.device | str) -> Ragged:
+def _ragged(problems: Sequence[Pair]) -> Ragged:
     def starts(lengths: list[int]) -> torch.Tensor:
-        return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+        return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
     queries, keys = [len(q) for q, _ in problems], [len(k) for _, k in problems]
-    index = torch.tensor([i for _, seen in problems for i in seen], device=device)
+    index = torch.tensor([i for _, seen in problems for i in seen])
     return Ragged(index, starts(queries), starts(keys), max(queries), max(keys))
 
 
-def _in_buckets(problems: Sequence[Pair], positions: Sequence[int], device: torch.device | str) -> tuple[Segments, ...]:
+def _in_buckets(problems: Sequence[Pair], positions: Sequence[int]) -> tuple[Segments, ...]:
     prompts = [pair for pair in problems if len(pair[0]) == len(pair[1])]
     completions = [pair for pair in problems if len(pair[0]) < len(pair[1])]
     buckets = [*_buckets(prompts), *_buckets(completions)]
-    return tuple(_segments(bucket, positions, device) for bucket in buckets)
+    return tuple(_segments(bucket, positions) for bucket in buckets)
 
 
 def _buckets(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
@@ -108,7 +109,7 @@ def _buckets(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
         yield bucket
 
 
-def _segments(pairs: Sequence[Pair], positions: Sequence[int], device: torch.device | str) -> Segments:
+def _segments(pairs: Sequence[Pair], positions: Sequence[int]) -> Segments:
     """Pad the queries and keys of several attention problems to one shape."""
     most_queries = max(len(q) for q, _ in pairs)
     most_keys = max(len(k) for _, k in pairs)
@@ -120,11 +121,10 @@ def _segments(pairs: Sequence[Pair], positions: Sequence[int], device: torch.dev
     distance.masked_fill_(~real_key[:, None, :], -1)
     real_query = torch.arange(most_queries) < torch.tensor([len(q) for q, _ in pairs])[:, None]
     rows = real_query.flatten().nonzero().squeeze(1)
-    parts = (query, key, distance, rows, query.flatten()[rows])
-    return Segments(*(part.to(device) for part in parts))
+    return Segments(query, key, distance, rows, query.flatten()[rows])
 
 
-def pad(samples: Sequence[Weighted], pad_token_id: int, device: torch.device | str = "cpu") -> Batch:
+def pad(samples: Sequence[Weighted], pad_token_id: int) -> Batch:
     """One right-padded row a sample, for models whose attention we cannot steer."""
     inputs = [[*w.sample.prompt_ids, *w.sample.token_ids[:-1]] for w in samples]
     length = max(len(row) for row in inputs)
@@ -140,13 +140,13 @@ def pad(samples: Sequence[Weighted], pad_token_id: int, device: torch.device | s
         sequence_index += [index] * count
         rollout_logps += weighted.sample.logprobs or [math.nan] * len(weighted.sample.token_ids)
     return Batch(
-        input_ids=torch.tensor([row + [pad_token_id] * (length - len(row)) for row in inputs], device=device),
-        position_ids=torch.arange(length, device=device).expand(len(inputs), length),
-        attention_mask=torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in inputs], device=device),
+        input_ids=torch.tensor([row + [pad_token_id] * (length - len(row)) for row in inputs]),
+        position_ids=torch.arange(length).expand(len(inputs), length),
+        attention_mask=torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in inputs]),
         packing=None,
-        hidden_index=torch.tensor(hidden_index, device=device),
-        targets=torch.tensor(targets, device=device),
-        sequence_index=torch.tensor(sequence_index, device=device),
-        rollout_logps=torch.tensor(rollout_logps, dtype=torch.float32, device=device),
-        advantages=torch.tensor([w.advantage for w in samples], dtype=torch.float32, device=device),
+        hidden_index=torch.tensor(hidden_index),
+        targets=torch.tensor(targets),
+        sequence_index=torch.tensor(sequence_index),
+        rollout_logps=torch.tensor(rollout_logps, dtype=torch.float32),
+        advantages=torch.tensor([w.advantage for w in samples], dtype=torch.float32),
     )

@@ -72,17 +72,21 @@ def accumulate(
 def _accumulate(policy: Policy, parts: Sequence[Sequence[Weighted]], num_tokens: int, seed: int) -> Sums:
     """Of this rank's microbatches; their seeds are no other rank's."""
     sums, ranks = Sums(), policy.ranks
+    losses: list[Tensor] = []
+    entropies: list[Tensor] = []
     for number, part in enumerate(parts):
         batch = policy.batch(part)
         out = policy.loss(batch, num_tokens, seed + number * ranks.world + ranks.rank)
         out.loss.backward()
-        sums.loss += out.loss.item()
-        sums.entropy += out.entropy.sum().item()
+        losses.append(out.loss.detach())
+        entropies.append(out.entropy.sum())
         sums.trained_tokens += out.entropy.numel()
         sums.computed_tokens += batch.input_ids.numel() if part else 0
         sums.separate_tokens += sum(len(w.sample.prompt_ids) + len(w.sample.token_ids) - 1 for w in part)
         sums.logps.append(out.logps)
         sums.rollout_logps.append(batch.rollout_logps)
+    # Only now: a GPU's host that read them one by one would stand still until each microbatch is computed.
+    sums.loss, sums.entropy = (sum(torch.stack(found).tolist()) if found else 0.0 for found in (losses, entropies))
     return sums
 
 

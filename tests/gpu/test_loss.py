@@ -128,6 +128,7 @@ def test_the_host_never_waits(dtype, implementation):
     data = accuracy.make("model-like", 900, 128, 32_003, dtype, "cuda")
     data.targets[::7] = af.ops.linear_policy.IGNORE_INDEX
     objective = data.objective()
+    on_the_host = af.AAPO(objective.advantages.cpu(), objective.sequence_index.cpu(), objective.num_tokens)
     accuracy.results(data, implementation)  # compiled beforehand
     hidden, weight = (t.requires_grad_() for t in (data.hidden, data.weight))
     torch.cuda.set_sync_debug_mode("error")
@@ -135,11 +136,42 @@ def test_the_host_never_waits(dtype, implementation):
         af.aapo_advantages(data.rewards, data.reference_rewards, accuracy.GROUP)
         options = {"implementation": implementation, "temperature": 0.8}
         af.linear_policy_loss(hidden, weight, data.targets, objective, all_logps=True, **options).loss.backward()
+        af.linear_policy_loss(hidden, weight, data.targets, on_the_host, **options).loss.backward()
         res = af.linear_logprobs(hidden, weight, data.targets, **options)
         (res.logps * res.entropy).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert hidden.grad.isfinite().all() and hidden.grad[::7].norm() == 0
+
+
+def test_sparse_rows_wait_for_their_counts_only():
+    """Which arrive behind an event: what would wait for the whole stream is an error here."""
+    data = accuracy.make("model-like", 900, 128, 32_003, torch.bfloat16, "cuda")
+    objective = data.objective()
+    accuracy.results(data, "triton", backward="sparse")  # compiled beforehand
+    hidden, weight = (t.requires_grad_() for t in (data.hidden, data.weight))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        options = {"temperature": 0.8, "all_logps": True, "backward": "sparse"}
+        af.linear_policy_loss(hidden, weight, data.targets, objective, **options).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert hidden.grad.isfinite().all() and hidden.grad.norm() > 0
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_an_objective_on_the_host_drops_the_same_rows(implementation):
+    data = accuracy.make("ninety per cent without weight", 900, 128, 32_003, torch.float32, "cuda")
+    there = data.objective()
+    here = af.AAPO(there.advantages.cpu(), there.sequence_index.cpu(), there.num_tokens)
+    found = []
+    for objective in (there, here):
+        hidden, weight = (t.detach().clone().requires_grad_() for t in (data.hidden, data.weight))
+        out = af.linear_policy_loss(hidden, weight, data.targets, objective, implementation=implementation)
+        out.loss.backward()
+        found.append((out.loss.detach(), out.logps.nan_to_num(nan=7.0), hidden.grad, weight.grad))
+    assert found[0][1].eq(7.0).any()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("group_size", [1, 4, 64])

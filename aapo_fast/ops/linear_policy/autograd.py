@@ -5,6 +5,8 @@ Letters: N rows of the call, M rows visited, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor
 from aapo_fast.objectives import Objective
 from aapo_fast.ops.linear_policy import runs
 from aapo_fast.ops.linear_policy.chunked import Call, Gradients, Pass
+from aapo_fast.ops.linear_policy.memory import sent
 from aapo_fast.ops.linear_policy.statistics import SparseProduct
 
 IGNORE_INDEX = -100
@@ -39,6 +42,7 @@ def run_policy_loss(
     """Loss, (N,) log-probabilities, (N,) entropies, gradients of the visited rows, and which rows these are."""
     with _as_written(targets):
         work, rows = _pass(operands, targets, objective, call, wanted)
+        objective = on_device(objective, targets.device)
         loss, logps, entropy, gradients = runs.policy_loss(work, objective, active_rows(objective))
     logps, entropy = (scattered(values, rows, targets.numel(), math.nan) for values in (logps, entropy))
     return loss, logps, entropy, gradients, rows
@@ -164,10 +168,14 @@ def rows_to_visit(targets: Tensor, objective: Objective | None, call: Call) -> T
             f"objective covers {tuple(mask.shape)} rows but targets has {tuple(targets.shape)}; "
             "build it with one entry a row"
         )
-    # Finding rows waits for a GPU. Where nothing is to be dropped for its weight, none is: rows without a target are
-    # masked instead.
-    if not call.drop_rows and targets.is_cuda:
-        return None
+    if targets.device.type != "cpu":
+        # Looking for rows there waits for it. Where nothing is to be dropped for its weight, or weights are known on
+        # the host, nobody looks: rows without a target are masked instead.
+        if not call.drop_rows:
+            return None
+        if mask is not None and mask.device.type == "cpu":
+            rows = mask.nonzero().squeeze(1)
+            return None if rows.numel() == targets.numel() else sent(rows, targets.device)
     keep = targets != IGNORE_INDEX
     if mask is not None and call.drop_rows:
         keep = keep & mask
@@ -180,6 +188,36 @@ def active_rows(objective: Objective | None) -> Tensor | None:
     active = getattr(objective, "active", None)
     mask: Tensor | None = active() if active is not None else None
     return mask
+
+
+def on_device(objective: Any, device: torch.device) -> Any:
+    """``objective`` with its vectors on ``device``, if it is a dataclass and they are on the host.
+
+    Raises:
+        ValueError: one is on a third device.
+    """
+    if not dataclasses.is_dataclass(objective) or isinstance(objective, type):
+        return objective
+    moved: dict[str, object] = {}
+    for field in dataclasses.fields(objective):
+        value = getattr(objective, field.name)
+        if isinstance(value, Tensor):
+            if value.device == device or value.ndim == 0:  # numbers are taken from wherever they are
+                continue
+            if value.device.type != "cpu":
+                raise ValueError(
+                    f"{type(objective).__name__}.{field.name} is on {value.device}, targets is on {device}; move them "
+                    "together, or leave what the objective has on the CPU"
+                )
+            moved[field.name] = sent(value, device)
+        elif (inner := on_device(value, device)) is not value:
+            moved[field.name] = inner
+    if not moved:
+        return objective
+    made = copy.copy(objective)  # and not by its constructor, which has run
+    for name, value in moved.items():
+        object.__setattr__(made, name, value)
+    return made
 
 
 def _refuse_second_derivatives() -> None:

@@ -69,7 +69,7 @@ def check_temperature(temperature: float | Tensor, targets: Tensor) -> None:
         )
     if temperature.requires_grad:
         raise ValueError("temperature requires a gradient, and gets none here; detach it")
-    if temperature.is_cuda:
+    if temperature.device.type != "cpu":
         good = ((temperature > 0) & temperature.isfinite()) | (targets == IGNORE_INDEX)
         torch._assert_async(good.all(), "temperature must be positive and finite")
     elif not torch.compiler.is_compiling():
@@ -132,7 +132,7 @@ def check_targets(targets: Tensor, vocab_size: int) -> None:
     bounds either way.
     """
     bad = ((targets < 0) | (targets >= vocab_size)) & (targets != IGNORE_INDEX)
-    if targets.is_cuda:
+    if targets.device.type != "cpu":
         torch._assert_async(~bad.any(), f"targets outside [0, {vocab_size}) that are not {IGNORE_INDEX}")
     elif bad.any():
         row = int(bad.nonzero()[0])

@@ -59,7 +59,7 @@ class Call:
         threshold: eps of sparse gradient rows, or None for exact ones.
         seed: of their sample.
         implementation: of the row kernels, resolved: "torch", "triton" or "native".
-        drop_rows: leave out rows without weight; on a GPU, finding them waits for the device once.
+        drop_rows: leave out rows without weight; if a GPU alone knows them, finding them waits for it once.
         autocast: what hidden and weight are cast to, or None.
     """
 

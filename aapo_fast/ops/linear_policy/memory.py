@@ -1,4 +1,4 @@
-"""The buffers of a pass: logits and gradient rows of a chunk."""
+"""The buffers of a pass, and the road of small tensors from the host to a device."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
         return _in_huge_pages(rows * columns, dtype).view(rows, columns)
     unit = 256 // dtype.itemsize if device.type == "cuda" else 1
     return torch.empty(rows, -(-columns // unit) * unit, dtype=dtype, device=device)[:, :columns]
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``. From the host to a GPU it is queued behind what the GPU has to do, and nothing waits:
+    it goes by pinned memory, without which the host stands still until it is there.
+    """
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _in_huge_pages(numel: int, dtype: torch.dtype) -> Tensor:

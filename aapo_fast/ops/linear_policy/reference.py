@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aapo_fast.objectives import Objective, Tokens
-from aapo_fast.ops.linear_policy.autograd import IGNORE_INDEX, active_rows, rows_to_visit, scattered
+from aapo_fast.ops.linear_policy.autograd import IGNORE_INDEX, active_rows, on_device, rows_to_visit, scattered
 from aapo_fast.ops.linear_policy.chunked import Call
 from aapo_fast.ops.linear_policy.statistics import compute_dtype
 
@@ -45,6 +45,7 @@ def policy_loss(
     """Loss with gradient; (N,) log-probabilities and entropies without, NaN in rows without target or weight."""
     logps, entropy, logsumexp = logprobs(hidden, weight, bias, targets, call)
     visited = rows_to_visit(targets, objective, call)
+    objective = on_device(objective, targets.device)
     active = active_rows(objective)
     rows = torch.arange(targets.numel(), device=targets.device) if visited is None else visited
     losses = objective(Tokens(logps[rows], entropy[rows], rows, logsumexp[rows]))
