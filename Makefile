@@ -39,10 +39,11 @@ help:
 quickstart: $(STAMP)
 	$(BIN)/aapo-fast quickstart
 
+# Files of their own may be skipped whole, which is no failure: pytest's status 5 is "nothing was run".
 test: $(STAMP) $(VLLM_STAMP) $(TRL_VLLM_STAMP) $(VERL_STAMP)
 	$(BIN)/python -m pytest
-	@if [ -n "$(TRL_VLLM)" ]; then PYTHONPATH=$(TRL_VLLM_FOLDER) $(BIN)/python -m pytest tests/integrations/test_trl_vllm*.py; fi
-	@if [ -n "$(VERL)" ]; then PYTHONPATH=$(VERL_FOLDER) $(BIN)/python -m pytest tests/integrations/test_verl*.py; fi
+	@if [ -n "$(TRL_VLLM)" ]; then PYTHONPATH=$(TRL_VLLM_FOLDER) $(BIN)/python -m pytest tests/integrations/test_trl_vllm*.py || [ $$? -eq 5 ]; fi
+	@if [ -n "$(VERL)" ]; then PYTHONPATH=$(VERL_FOLDER) $(BIN)/python -m pytest tests/integrations/test_verl*.py || [ $$? -eq 5 ]; fi
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
