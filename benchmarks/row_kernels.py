@@ -8,8 +8,10 @@ Floors are PyTorch's own loops over the same data, and the larger of the two cou
 - arithmetic: as many exponentials as the kernel needs over an array that stays in a cache, by `torch.exp` or by our own
   exp, whichever is quicker. The sweeps compute one a logit each, both sweeps in one launch two.
 Of sparse rows: reading the tile sums, then gathering the tiles that hold an entry, with one exponential for each of
-their numbers. Of sparse products: a dot product of as many numbers as there are multiply-adds, from the second cache
-(two reads each, as the kernel's source row and sum), or one gather of the rows of W, or dW, that have an entry.
+their numbers. "Both sweeps, sparse" is sweep 1 and the sample in one launch, as objectives have it whose coefficients
+are known beforehand (AAPO); others have sweep 1, keeping tiles, and the sample a block at a time. Of sparse products: a
+dot product of as many numbers as there are multiply-adds, from the second cache (two reads each, as the kernel's source
+row and sum), or one gather of the rows of W, or dW, that have an entry.
 """
 
 from __future__ import annotations
@@ -118,14 +120,10 @@ class Kernels:
             given = (x, c.targets[block], stats, wanted, Transform(), x)
             seconds["sweep 2"] += timed(lambda given=given: c.plain.gradient(*given))
         c.logits.copy_(c.products)
-        index = torch.arange(len(c.targets))
-
-        def both() -> None:
-            for block in c.blocks:
-                x = c.logits[block]
-                c.plain.both_sweeps(x, c.targets[block], c.weights, index[block], Transform(), x)
-
-        seconds["both sweeps"] = timed(both)
+        given = (c.logits, c.targets, c.weights, torch.arange(len(c.targets)), Transform())
+        seconds["both sweeps"] = timed(lambda: c.plain.both_sweeps(*given, c.logits))
+        c.logits.copy_(c.products)
+        seconds["both sweeps, sparse"] = timed(lambda: c.kernels.sparse_sweeps(*given, THRESHOLD, c.uniforms))
         seconds["sparse dX"] = timed(lambda: c.kernels.add_times_weight(c.entries, c.weight, c.d_hidden))
         seconds["sparse dW"] = timed(lambda: c.kernels.add_transposed_times(c.entries, c.hidden, c.d_weight))
         return seconds
@@ -179,13 +177,15 @@ class Floors:
 
 def floor_of(kernel: str, floor: dict[str, float]) -> float:
     """The floor of a kernel from those of its parts."""
-    opened = max(floor["tiles"], floor["exponentials of tiles"])
+    sweep = max(floor["read"], floor["exponentials"])
+    sample = floor["tile sums"] + max(floor["tiles"], floor["exponentials of tiles"])
     return {
-        "sweep 1": max(floor["read"], floor["exponentials"]),
-        "sweep 1, keeping tiles": max(floor["read"], floor["exponentials"]),
+        "sweep 1": sweep,
+        "sweep 1, keeping tiles": sweep,
         "sweep 2": max(floor["read and write"], floor["exponentials"]),
         "both sweeps": max(floor["read and write"], 2 * floor["exponentials"]),
-        "sparse: sample": floor["tile sums"] + opened,
+        "both sweeps, sparse": sweep + sample,
+        "sparse: sample": sample,
         "sparse dX": max(floor["multiply-adds"], floor["rows of W"]),
         "sparse dW": max(floor["multiply-adds"], floor["rows of dW"]),
     }[kernel]

@@ -86,11 +86,11 @@ Wanted wanted_of(const Tensor &row_max, const Tensor &total, const Tensor &entro
 }
 
 // Each row of `tiles` holds the masses, the peaks and the levels.
-Tiles tiles_of(const Tensor &tiles, const Block &block) {
+Tiles tiles_of(const Tensor &tiles, const Block &block, int64_t num_rows) {
   const int64_t num_tiles = (block.vocab + TILE - 1) / TILE, num_panels = (block.vocab + PANEL - 1) / PANEL;
   check_type(tiles, ScalarType::Float, "tiles");
   check_matrix(tiles, 2 * num_tiles + num_panels, "tiles");
-  STD_TORCH_CHECK(tiles.size(0) >= block.num_rows, "aapo_fast_native: tiles must have a row for each of products");
+  STD_TORCH_CHECK(tiles.size(0) >= num_rows, "aapo_fast_native: tiles must have a row for each of products");
   float *first = static_cast<float *>(tiles.mutable_data_ptr());
   return {first, first + num_tiles, first + 2 * num_tiles, tiles.stride(0)};
 }

@@ -6,6 +6,7 @@
 // All operators write into tensors that they are given, so that memory is PyTorch's business. `level` is a number of
 // kernels.h. Matrices may have any row stride; vectors are contiguous.
 
+#include "blocks.h"
 #include "entries.h"
 #include "operands.h"
 
@@ -21,13 +22,17 @@
 namespace aapo_fast {
 namespace {
 
-constexpr int64_t INTERFACE = 5;
+constexpr int64_t INTERFACE = 6;
 constexpr int64_t GRAIN = 1 << 15; // logits below which a second thread costs more than it brings
 
-// Calls work(begin, end) for parts of so many rows, on PyTorch's threads.
-template <class Work> void over_rows(const Block &block, int64_t num_rows, const Work &work) {
-  torch::stable::parallel_for(0, num_rows, std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, block.vocab)), work);
-}
+// Calls work(begin, end) for parts of so many rows of a block, on PyTorch's threads.
+struct Threads {
+  const Block &block;
+
+  template <class Work> void operator()(int64_t num_rows, const Work &work) const {
+    torch::stable::parallel_for(0, num_rows, std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, block.vocab)), work);
+  }
+};
 
 // --- operators: the sweeps -------------------------------------------------------------------------------------------
 
@@ -37,8 +42,8 @@ void statistics(const Tensor &products, const Tensor &targets, const Tensor &tem
   const Kernels &k = kernels(level);
   const Block block = block_of(products, targets, temperature, scale, softcap);
   const Partials to = partials_of(partials, block);
-  const Tiles kept = tiles.has_value() ? tiles_of(*tiles, block) : Tiles{};
-  over_rows(block, block.num_rows, [&](int64_t begin, int64_t end) { k.statistics(block, to, kept, begin, end); });
+  const Tiles kept = tiles.has_value() ? tiles_of(*tiles, block, block.num_rows) : Tiles{};
+  Threads{block}(block.num_rows, [&](int64_t begin, int64_t end) { k.statistics(block, to, kept, begin, end); });
 }
 
 void gradient(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
@@ -48,7 +53,7 @@ void gradient(const Tensor &products, const Tensor &targets, const Tensor &tempe
   const Kernels &k = kernels(level);
   const Block block = block_of(products, targets, temperature, scale, softcap);
   const Wanted w = wanted_of(row_max, total, entropy, on_logp, on_entropy, on_logsumexp, block);
-  over_rows(block, block.num_rows, [&](int64_t begin, int64_t end) { k.gradient(block, w, begin, end); });
+  Threads{block}(block.num_rows, [&](int64_t begin, int64_t end) { k.gradient(block, w, begin, end); });
 }
 
 void both_sweeps(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
@@ -57,15 +62,13 @@ void both_sweeps(const Tensor &products, const Tensor &targets, const Tensor &te
   const Block block = block_of(products, targets, temperature, scale, softcap);
   const Partials to = partials_of(partials, block);
   const float *a = vector_of<float>(on_logp, block.num_rows, "on_logp");
-  over_rows(block, block.num_rows, [&](int64_t begin, int64_t end) { k.both_sweeps(block, a, to, begin, end); });
+  Threads{block}(block.num_rows, [&](int64_t begin, int64_t end) { k.both_sweeps(block, a, to, begin, end); });
 }
 
 // --- operators: sparse rows ------------------------------------------------------------------------------------------
 
-// Entries of row r go to [starts[r], starts[r + 1]) of the packed ones. Where there are more than `most` in the mean over
-// the uniforms, the last of `starts` is -1, and the others say nothing: that choice must not look at the uniforms, since
-// it would bias the sample. An eighth of the rows is sampled first, and the others only if it has less than 1.5 eighths of
-// `most`: a block of which nothing is kept should not be walked to the end.
+// Entries of row r go to [starts[r], starts[r + 1]) of the packed ones. Where there are more than `most` in the mean, the
+// last of `starts` is -1, and the others say nothing.
 void sample_entries(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
                     std::optional<double> softcap, const Tensor &row_max, const Tensor &total, const Tensor &entropy,
                     const Tensor &on_logp, const std::optional<Tensor> &on_entropy,
@@ -75,25 +78,45 @@ void sample_entries(const Tensor &products, const Tensor &targets, const Tensor 
   const Kernels &k = kernels(level);
   const Block block = block_of(products, targets, temperature, scale, softcap);
   const Wanted w = wanted_of(row_max, total, entropy, on_logp, on_entropy, on_logsumexp, block);
-  const Tiles kept = tiles_of(tiles, block);
+  const Tiles kept = tiles_of(tiles, block, block.num_rows);
   const Sample sample = sample_of(uniforms, threshold, block);
   Found found = found_of(column, value, block.num_rows);
-  const int64_t n = block.num_rows, first_rows = (n + 7) / 8;
+  const int64_t n = block.num_rows;
   std::vector<double> means(static_cast<size_t>(n));
   int64_t *slots = vector_of<int64_t>(starts, n + 1, "starts");
   found.counts = slots + 1; // where a row's count becomes the start of the next
   found.means = means.data();
-  const auto sample_rows = [&](int64_t from, int64_t to) {
-    over_rows(block, to - from, [&](int64_t begin, int64_t end) {
-      k.sample(block, w, kept, sample, found, from + begin, from + end);
-    });
-    return std::accumulate(means.begin() + from, means.begin() + to, 0.0);
-  };
-  const double first = sample_rows(0, first_rows);
-  if (first * double(n) > 1.5 * most * double(first_rows) || first + sample_rows(first_rows, n) > most) {
+  const Looked looked = look(n, found.means, most, Threads{block}, [&](int64_t begin, int64_t end) {
+    k.sample(block, w, kept, sample, found, begin, end);
+  });
+  if (!looked.sparse) {
     slots[n] = -1;
     return;
   }
+  slots[0] = 0;
+  std::partial_sum(slots, slots + n + 1, slots);
+}
+
+// Statistics and gradient rows of a panel at once, as blocks.h has it: a block is as many rows as `tiles` has. Entries as
+// above; `dense` has a number for each block.
+void sparse_sweeps(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
+                   std::optional<double> softcap, const Tensor &on_logp, const Tensor &partials, const Tensor &tiles,
+                   const Tensor &uniforms, double threshold, double most, const Tensor &column, const Tensor &value,
+                   const Tensor &starts, const Tensor &dense, int64_t level) {
+  const Kernels &k = kernels(level);
+  const Block block = block_of(products, targets, temperature, scale, softcap);
+  check_matrix(tiles, -1, "tiles");
+  const int64_t n = block.num_rows, block_rows = std::max<int64_t>(tiles.size(0), 1);
+  const Tiles kept = tiles_of(tiles, block, std::min(block_rows, n));
+  const float *a = vector_of<float>(on_logp, n, "on_logp");
+  std::vector<double> means(static_cast<size_t>(n));
+  int64_t *slots = vector_of<int64_t>(starts, n + 1, "starts");
+  int64_t *is_dense = vector_of<int64_t>(dense, (n + block_rows - 1) / block_rows, "dense");
+  Found found = found_of(column, value, n);
+  found.counts = slots + 1;
+  found.means = means.data();
+  sweep_sparsely(k, block, a, partials_of(partials, block), kept, block_rows, sample_of(uniforms, threshold, block), most,
+                 found, is_dense, Threads{block});
   slots[0] = 0;
   std::partial_sum(slots, slots + n + 1, slots);
 }
@@ -200,6 +223,9 @@ STABLE_TORCH_LIBRARY(aapo_fast_native, m) {
   m.def("both_sweeps(Tensor(a!) products, " AAPO_BLOCK ", Tensor on_logp, Tensor(b!) partials, int level) -> ()");
   m.def("sample_entries(Tensor products, " AAPO_BLOCK ", " AAPO_WANTED ", Tensor tiles, Tensor uniforms, float threshold, "
         "float most, Tensor(a!) column, Tensor(b!) value, Tensor(c!) starts, int level) -> ()");
+  m.def("sparse_sweeps(Tensor(a!) products, " AAPO_BLOCK ", Tensor on_logp, Tensor(b!) partials, Tensor(c!) tiles, "
+        "Tensor uniforms, float threshold, float most, Tensor(d!) column, Tensor(e!) value, Tensor(f!) starts, "
+        "Tensor(g!) dense, int level) -> ()");
   m.def("pack_entries(Tensor found_column, Tensor found_value, Tensor starts, Tensor(a!) row, Tensor(b!) column, "
         "Tensor(c!) value) -> ()");
   m.def("add_times_weight(Tensor row, Tensor column, Tensor value, Tensor weight, Tensor(a!) out, int level) -> ()");
@@ -215,6 +241,7 @@ STABLE_TORCH_LIBRARY_IMPL(aapo_fast_native, CPU, m) {
   m.impl("gradient", TORCH_BOX(&aapo_fast::gradient));
   m.impl("both_sweeps", TORCH_BOX(&aapo_fast::both_sweeps));
   m.impl("sample_entries", TORCH_BOX(&aapo_fast::sample_entries));
+  m.impl("sparse_sweeps", TORCH_BOX(&aapo_fast::sparse_sweeps));
   m.impl("pack_entries", TORCH_BOX(&aapo_fast::pack_entries));
   m.impl("add_times_weight", TORCH_BOX(&aapo_fast::add_times_weight));
   m.impl("add_transposed_times", TORCH_BOX(&aapo_fast::add_transposed_times));

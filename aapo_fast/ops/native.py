@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-INTERFACE = 5
+INTERFACE = 6
 """Of the operators, as in csrc/operators.cpp: to be raised there and here when they change."""
 
 LEVELS = ("plain", "avx2", "avx512")
@@ -18,7 +18,7 @@ LEVELS = ("plain", "avx2", "avx512")
 _FOLDER = Path(__file__).parent
 _REBUILD = "make native, or pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps aapo-fast"
 _OPERATORS = (
-    "statistics", "gradient", "both_sweeps", "sample_entries", "pack_entries", "add_times_weight",
+    "statistics", "gradient", "both_sweeps", "sample_entries", "sparse_sweeps", "pack_entries", "add_times_weight",
     "add_transposed_times", "exp",
 )  # fmt: skip
 

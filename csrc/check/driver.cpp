@@ -3,6 +3,7 @@
 //
 // The level "wide" is the source of avx512 at its width, in whatever instructions the compiler has: so that width is
 // driven on machines without AVX-512 too.
+#include "../blocks.h"
 #include "../entries.h"
 #include "../kernels.h"
 
@@ -169,6 +170,29 @@ void sweeps(const Kernels &k, const Case &c) {
     for (int64_t v = 0; v < c.vocab; ++v)
       expect_near(block.products[row * c.stride + v], gradient(row, v), 3, "gradient");
   memory = given;
+  for (const double most : {0.0, double(c.vocab)}) { // all rows dense, but for those without weight, and all sparse
+    const int64_t block_rows = 2, num_blocks = (n + 1) / 2, capacity = c.vocab;
+    std::vector<int64_t> counts(static_cast<size_t>(n)), is_dense(static_cast<size_t>(num_blocks), -1);
+    std::vector<double> means(static_cast<size_t>(n));
+    std::vector<int32_t> columns(size_t(n * capacity));
+    std::vector<float> values(size_t(n * capacity)), own_tiles(size_t(std::min(n, block_rows) * kept));
+    const Found found{columns.data(), values.data(), capacity, counts.data(), means.data()};
+    const Tiles room{own_tiles.data(), own_tiles.data() + num_tiles, own_tiles.data() + 2 * num_tiles, kept};
+    sweep_sparsely(k, block, a.data(), partials, room, block_rows, {uniforms.data(), 1e-7}, most, found, is_dense.data(),
+                   [](int64_t rows, const auto &work) { work(0, rows); });
+    for (int64_t row = 0; row < n; ++row) {
+      const bool dense = is_dense[size_t(row / block_rows)] == 1;
+      expect(!dense || (most == 0 && counts[size_t(row)] == 0), "entries of a dense row", double(counts[size_t(row)]), 0);
+      std::vector<double> made(size_t(c.vocab));
+      for (int64_t e = 0; e < counts[size_t(row)]; ++e)
+        made[size_t(columns[size_t(row * capacity + e)])] += values[size_t(row * capacity + e)];
+      for (int64_t v = 0; v < c.vocab; ++v) {
+        const double found_there = dense ? double(block.products[row * c.stride + v]) : made[size_t(v)];
+        expect_near(found_there, gradient(row, v, false), 3, "gradient of a panel");
+      }
+    }
+    memory = given;
+  }
   k.both_sweeps(block, a.data(), partials, 0, n);
   for (int64_t row = 0; row < n; ++row)
     for (int64_t v = 0; v < c.vocab; ++v)

@@ -104,6 +104,19 @@ def operator_calls():
             *found,
             torch.zeros(4, dtype=torch.int64),
         ),
+        "sparse_sweeps": (
+            products,
+            *given,
+            vector,
+            torch.empty(4, 3),
+            tiles[:2],
+            vector.clone(),
+            0.1,
+            100.0,
+            *(t.clone() for t in found),
+            torch.zeros(4, dtype=torch.int64),
+            torch.zeros(2, dtype=torch.int64),
+        ),
         "pack_entries": (*found, torch.tensor([0, 1, 1, 2]), row, row.clone(), value),
         "add_times_weight": (row, row.clone(), value, torch.rand(4, 5), torch.zeros(2, 5)),
         "add_transposed_times": (row, row.clone(), value, torch.rand(2, 5), torch.zeros(4, 5)),
@@ -147,6 +160,15 @@ def test_what_operators_refuse():
             run_.statistics(wrong, *rest, 0)
     with pytest.raises(RuntimeError, match="a target is not below the number of columns, 70"):
         run_.statistics(products, torch.tensor([1, 70, -1]), *rest[1:], 0)
+    products, *rest = operator_calls()["sparse_sweeps"]
+    for wrong, match in (
+        (rest[6][:0], "tiles must have a row"),
+        (rest[6][0], "tiles must be a matrix"),
+        (rest[6][:1], "dense must be a contiguous vector of 3 numbers"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            run_.sparse_sweeps(products, *rest[:6], wrong, *rest[7:], 0)
+    products, *rest = operator_calls()["statistics"]
     with pytest.raises(RuntimeError, match="cannot run level 7"):
         run_.statistics(products, *rest, 7)
     with pytest.raises(ValueError, match="computes in fp32, not torch.float64; use implementation='torch'"):

@@ -34,6 +34,7 @@ from aapo_fast.ops.linear_policy.statistics import (
     OneLaunch,
     RowKernels,
     RowStatistics,
+    SparseLaunch,
     SparseProduct,
     Transform,
     compute_dtype,
@@ -159,8 +160,8 @@ class Pass:
             self._first_row = start
             yield slice(start, min(start + self.chunk_rows, self.hidden.shape[0]))
 
-    def blocks(self, chunk: slice) -> Iterator[tuple[slice, Tensor]]:
-        """Of each block: its rows and its (C, V) raw products."""
+    def panels(self, chunk: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Of each panel: its rows and its (C, V) raw products."""
         for start in range(chunk.start, chunk.stop, self.panel_rows):
             panel = slice(start, min(start + self.panel_rows, chunk.stop))
             logits = self._logits[self._panel_number % len(self._logits)][: panel.stop - start]
@@ -169,9 +170,18 @@ class Pass:
                 self.products.logits(panel, logits)
             if self.bias is not None:
                 logits += self.bias
-            for first in range(start, panel.stop, self.kernels.block_rows):
-                rows = slice(first, min(first + self.kernels.block_rows, panel.stop))
-                yield rows, logits[rows.start - start : rows.stop - start]
+            yield panel, logits
+
+    def cut(self, panel: slice, products: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Of each block of a panel the same."""
+        for first in range(panel.start, panel.stop, self.kernels.block_rows):
+            rows = slice(first, min(first + self.kernels.block_rows, panel.stop))
+            yield rows, products[rows.start - panel.start : rows.stop - panel.start]
+
+    def blocks(self, chunk: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Of each block of a chunk."""
+        for panel, products in self.panels(chunk):
+            yield from self.cut(panel, products)
 
     def _gradient_rows_of(self, rows: slice) -> Tensor:
         """(C, V): where the dense gradient rows of rows of this chunk are, or go."""
@@ -192,18 +202,24 @@ class Pass:
         return self.kernels.finish(partials)
 
     def sweeps_at_once(self) -> bool:
-        """Whether one launch may do both sweeps of the next block, for coefficients that are known beforehand."""
-        may = self.call.shard is None and self.wants_gradient() and isinstance(self.kernels, OneLaunch)
-        return may and not self._tries_sparse()
+        """Whether one launch may do both sweeps of the next panel, for coefficients that are known beforehand."""
+        kind = SparseLaunch if self._tries_sparse() else OneLaunch
+        return self.call.shard is None and self.wants_gradient() and isinstance(self.kernels, kind)
 
     def sweep_and_spend(self, rows: slice, products: Tensor, linear: LinearWeights) -> RowStatistics:
-        """Both sweeps of a block in one launch. ``linear`` holds one index for each of the M rows."""
-        assert isinstance(self.kernels, OneLaunch)
+        """Both sweeps of a panel in one launch. ``linear`` holds one index for each of the M rows."""
         self._keep_target_products(rows, products)
         self._land_all()
         given = (products, self.targets[rows], linear.weights, linear.sequence_index[rows], self.transform.of(rows))
-        partials = self.kernels.both_sweeps(*given, self._gradient_rows_of(rows))
-        self._add_dense(rows)
+        if self._tries_sparse():
+            assert isinstance(self.kernels, SparseLaunch) and self.call.threshold is not None and self._in_place
+            partials, entries, dense = self.kernels.sparse_sweeps(*given, self.call.threshold, self._uniforms[rows])
+            self._entries.append((rows, entries))
+            self._dense_blocks += [slice(rows.start + block.start, rows.start + block.stop) for block in dense]
+        else:
+            assert isinstance(self.kernels, OneLaunch)
+            partials = self.kernels.both_sweeps(*given, self._gradient_rows_of(rows))
+            self._add_dense(rows)
         return self.kernels.finish(partials)
 
     def wants_gradient(self) -> bool:

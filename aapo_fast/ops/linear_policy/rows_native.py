@@ -39,7 +39,7 @@ DENSE_SHARE = 0.08
 
 
 class NativeRows:
-    """``RowKernels`` and ``OneLaunch`` for fp32 products on the CPU.
+    """``RowKernels``, ``OneLaunch`` and ``SparseLaunch`` for fp32 products on the CPU.
 
     Args:
         chunk: the (C, V) buffer that blocks are views of.
@@ -90,10 +90,33 @@ class NativeRows:
         self, products: Tensor, targets: Tensor, weights: Tensor, index: Tensor, transform: Transform, out: Tensor
     ) -> Partials:
         partials = products.new_empty(4, products.shape[0])
-        on_logp = weights.float()[index].where(targets >= 0, 0.0)
+        on_logp = _on_logp(weights, index, targets)
         self._run.both_sweeps(*_block(products, targets, transform), on_logp, partials, self._level)
         _move(products, out)
         return Partials(*partials)
+
+    def sparse_sweeps(
+        self,
+        products: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        index: Tensor,
+        transform: Transform,
+        threshold: float,
+        uniforms: Tensor,
+    ) -> tuple[Partials, Entries, list[slice]]:
+        assert self._tiles is not None, "made without sparse=True"
+        num_rows, vocab = products.shape
+        partials = products.new_empty(4, num_rows)
+        found = self._room(num_rows, min(vocab, int(1 / threshold) + 2))
+        starts, dense = targets.new_empty(num_rows + 1), targets.new_empty(-(-num_rows // self.block_rows))
+        self._run.sparse_sweeps(
+            *_block(products, targets, transform), _on_logp(weights, index, targets), partials, self._tiles,
+            uniforms.contiguous(), threshold, DENSE_SHARE * vocab, *found, starts, dense, self._level,
+        )  # fmt: skip
+        firsts = (dense.nonzero().squeeze(1) * self.block_rows).tolist()
+        blocks = [slice(first, min(first + self.block_rows, num_rows)) for first in firsts]
+        return Partials(*partials), self._packed(found, starts), blocks
 
     def uniforms(self, seed: int, rows: Tensor) -> Tensor:
         return row_uniforms(seed, rows)
@@ -117,10 +140,10 @@ class NativeRows:
             *_block(products, targets, transform), *_wanted(rows, wanted), self._tiles, uniforms.contiguous(),
             threshold, DENSE_SHARE * products.numel(), *found, starts, self._level,
         )  # fmt: skip
-        count = int(starts[-1])
-        if count < 0:
-            return None
-        row, column, value = torch.empty(3, count, dtype=torch.int32, device="cpu")
+        return self._packed(found, starts) if starts[-1] >= 0 else None
+
+    def _packed(self, found: tuple[Tensor, Tensor], starts: Tensor) -> Entries:
+        row, column, value = torch.empty(3, int(starts[-1]), dtype=torch.int32, device="cpu")
         entries = Entries(row, column, value.view(torch.float32))
         self._run.pack_entries(*found, starts, *entries)
         return entries
@@ -151,6 +174,11 @@ def _block(products: Tensor, targets: Tensor, transform: Transform) -> tuple[Any
     row_temperature = t.float().contiguous() if isinstance(t, Tensor) else products.new_full(targets.shape, float(t))
     softcap = None if transform.softcap is None else float(transform.softcap)
     return products, targets.contiguous(), row_temperature, float(transform.scale), softcap
+
+
+def _on_logp(weights: Tensor, index: Tensor, targets: Tensor) -> Tensor:
+    """(C,) known derivatives by the log-probability, zero without a target."""
+    return weights.float()[index].where(targets >= 0, 0.0)
 
 
 def _wanted(rows: RowStatistics, wanted: Coefficients) -> tuple[Tensor | None, ...]:

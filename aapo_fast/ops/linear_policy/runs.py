@@ -66,13 +66,14 @@ def _visit_with_known_weights(work: Pass, linear: LinearWeights, counts: Tensor)
     wanted = Coefficients(linear.weights[index])
     found: list[RowStatistics] = [no_rows(work.dtype, work.hidden.device)]
     for chunk in work.chunks():
-        for rows, products in work.blocks(chunk):
+        for panel, products in work.panels(chunk):
             if work.sweeps_at_once():
-                found.append(work.sweep_and_spend(rows, products, linear))
+                found.append(work.sweep_and_spend(panel, products, linear))
                 continue
-            found.append(work.sweep(rows, products))
-            if work.wants_gradient():
-                work.spend(rows, products, found[-1], wanted.of(rows))
+            for rows, part in work.cut(panel, products):
+                found.append(work.sweep(rows, part))
+                if work.wants_gradient():
+                    work.spend(rows, part, found[-1], wanted.of(rows))
         work.end_chunk()
     return joined(found)
 

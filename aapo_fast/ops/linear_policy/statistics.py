@@ -188,6 +188,17 @@ class OneLaunch(Protocol):
 
 
 @runtime_checkable
+class SparseLaunch(Protocol):
+    """The same for sparse rows, of any number of blocks at once."""
+
+    def sparse_sweeps(
+        self, products: Tensor, targets: Tensor, weights: Tensor, index: Tensor, transform: Transform,
+        threshold: float, uniforms: Tensor,
+    ) -> tuple[Partials, Entries, list[slice]]:  # fmt: skip
+        """Entries, and the blocks for which dense rows are cheaper: theirs are in place of ``products``."""
+
+
+@runtime_checkable
 class LateProducts(Protocol):
     """Row kernels that can make dW of sparse rows in the backward: in the weight's dtype, scaled, rounded once, without
     an fp32 accumulator.

@@ -1,0 +1,82 @@
+// Blocks of rows whose gradient is sampled, or dense where it would have too many entries. No PyTorch: over_rows(n, work)
+// calls work(begin, end) for parts of n rows, on whatever threads there are.
+#pragma once
+
+#include "kernels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+namespace aapo_fast {
+
+struct Looked {
+  int64_t num_rows; // that were sampled
+  bool sparse;      // whether their entries are to be kept
+};
+
+// Samples n rows by work(begin, end), and says whether they have at most `most` entries in the mean over the uniforms,
+// which work leaves in `means`: a choice that looked at the uniforms would bias the sample. An eighth of the rows is
+// sampled first, and the others only if it has less than 1.5 eighths of `most`: rows of which nothing is kept should not
+// be walked to the end.
+template <class Rows, class Work>
+Looked look(int64_t n, const double *means, double most, const Rows &over_rows, const Work &work) {
+  const int64_t first_rows = (n + 7) / 8;
+  const auto mean_of = [&](int64_t from, int64_t to) {
+    over_rows(to - from, [&](int64_t begin, int64_t end) { work(from + begin, from + end); });
+    return std::accumulate(means + from, means + to, 0.0);
+  };
+  const double first = mean_of(0, first_rows);
+  if (first * double(n) > 1.5 * most * double(first_rows))
+    return {first_rows, false};
+  return {n, first + mean_of(first_rows, n) <= most};
+}
+
+// Maximum and total of a whole row, as in statistics.finish.
+inline void join_target(const Partials &from, int64_t row, float *row_max, float *total) {
+  const double top = from.row_max[row], target = from.target[row], highest = std::max(top, target);
+  row_max[row] = float(highest);
+  total[row] = float(double(from.total[row]) * std::exp(top - highest) + std::exp(target - highest));
+}
+
+// Both sweeps of rows whose d loss / d log-probability is known before them, each row while it is in the second cache.
+// Rows are taken in blocks of `block_rows`, for which `kept` has room; those of a block with more than `most` entries a row
+// in the mean become dense, in place of their products, and have no entries; its number in `is_dense` becomes 1, else 0.
+template <class Rows>
+void sweep_sparsely(const Kernels &k, const Block &block, const float *on_logp, const Partials &partials,
+                    const Tiles &kept, int64_t block_rows, const Sample &sample, double most, const Found &found,
+                    int64_t *is_dense, const Rows &over_rows) {
+  const int64_t n = block.num_rows;
+  std::vector<float> whole(static_cast<size_t>(3 * n)); // maxima, totals, and entropies, on which nothing here depends
+  float *row_max = whole.data(), *total = row_max + n;
+  const Wanted wanted{row_max, total, total + n, on_logp, nullptr, nullptr};
+  const auto sweep = [&](int64_t row, const Tiles &own) {
+    k.statistics(block, partials, own, row, row + 1);
+    join_target(partials, row, row_max, total);
+  };
+  for (int64_t start = 0; start < n; start += block_rows) {
+    const int64_t rows = std::min(block_rows, n - start);
+    const auto sample_rows = [&](int64_t begin, int64_t end) {
+      for (int64_t row = start + begin; row < start + end; ++row) {
+        const Tiles own = kept.of(row - start);
+        sweep(row, own);
+        k.sample(block, wanted, own, sample, found, row, row + 1);
+      }
+    };
+    const Looked looked = look(rows, found.means + start, most * double(rows), over_rows, sample_rows);
+    is_dense[start / block_rows] = !looked.sparse;
+    if (looked.sparse)
+      continue;
+    over_rows(rows, [&](int64_t begin, int64_t end) {
+      for (int64_t row = start + begin; row < start + end; ++row) {
+        if (row - start >= looked.num_rows)
+          sweep(row, Tiles{});
+        k.gradient(block, wanted, row, row + 1);
+      }
+    });
+    std::fill_n(found.counts + start, rows, 0);
+  }
+}
+
+} // namespace aapo_fast
