@@ -32,7 +32,9 @@ def sampled_states(seed: int) -> Problem:
         from aapo_fast.rollout.hf import HFEngine
         from aapo_fast.trainer.policy import Policy
     except ModuleNotFoundError as error:
-        raise UserError(f"--real needs the package {error.name}; run: pip install 'aapo-fast[train]'") from error
+        raise UserError(
+            f"--real needs the package {error.name}; run: pip install '.[train]' in aapo-fast's folder"
+        ) from error
     policy = Policy.from_config(config.load(QUICKSTART).model, temperature=1.0)
     prompts = [policy.tokenizer(text).input_ids for text in PROMPTS]
     groups = HFEngine(policy.model, policy.tokenizer).generate(

@@ -26,7 +26,9 @@ try:
     from aapo_fast.trainer.ranks import joined_ranks
     from aapo_fast.trainer.records import CURVE
 except ModuleNotFoundError as error:
-    raise UserError(f"the package {error.name} is missing; run: pip install 'aapo-fast[train]'") from error
+    raise UserError(
+        f"the package {error.name} is missing; run: pip install '.[train]' in aapo-fast's folder"
+    ) from error
 
 # Its progress bars and advice would tear our display; errors still come through.
 transformers.utils.logging.set_verbosity_error()
@@ -73,7 +75,7 @@ def _retyped(config_path: str, overrides: Sequence[tuple[str, str]], *changes: t
 def serve(config: Config, host: str, port: int) -> int:
     """Become a vLLM server; returns only where that is not possible."""
     if importlib.util.find_spec("vllm") is None:
-        raise UserError("aapo-fast serve needs vllm; run: pip install 'aapo-fast[vllm]'")
+        raise UserError("aapo-fast serve needs vllm; run: pip install '.[vllm]' in aapo-fast's folder")
     if config.vllm.transfer == "ipc":
         raise UserError(
             "vllm.transfer='ipc' is for the server that a training run starts itself; for this one set 'nccl' or 'file'"

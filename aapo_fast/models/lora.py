@@ -37,7 +37,9 @@ def add_adapter(model: Any, rank: int, alpha: float, target_modules: Sequence[st
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise UserError(f"lora.rank={rank} needs peft ({error}); run: pip install 'aapo-fast[lora]'") from error
+        raise UserError(
+            f"lora.rank={rank} needs peft ({error}); run: pip install '.[lora]' in aapo-fast's folder"
+        ) from error
     names = ALL_LINEAR if list(target_modules) == [ALL_LINEAR] else list(target_modules)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM")
     try:

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, Pipe
 
 from aapo_fast.config import RewardConfig, ScoringConfig
-from aapo_fast.rewards import functions
 from aapo_fast.types import DataError, Problem, Progress, UserError
 
 START_LIMIT_SECONDS = 120.0
@@ -56,6 +55,7 @@ class Scorer:
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._ready = False
+        self._sources: list[str] | None = None
         self._start()
 
     def __enter__(self) -> Scorer:
@@ -79,10 +79,15 @@ class Scorer:
         """A digest of what decides a reward; a key for caches of rewards.
 
         For a function of your own that is the source of its module (not of what the module imports), for the built-in
-        ones the version of the package that scores.
+        ones the version of the package that scores. The worker says it, of what it has loaded: modules that it finds in
+        the current folder a command's own process need not find.
+
+        Raises:
+            UserError: a function cannot be loaded.
         """
-        sources = [functions.source_digest(reward) for reward in self.rewards]
-        content = json.dumps([REWARD_VERSION, [asdict(r) for r in self.rewards], sources], sort_keys=True)
+        if self._sources is None:
+            self._wait_until_ready()
+        content = json.dumps([REWARD_VERSION, [asdict(r) for r in self.rewards], self._sources], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def check(self, problems: Sequence[Problem], progress: Progress | None = None) -> None:
@@ -168,10 +173,15 @@ class Scorer:
         try:
             if not self._pipe.poll(START_LIMIT_SECONDS):
                 raise UserError(f"the reward functions did not load within {START_LIMIT_SECONDS:g} s")
-            problem = self._pipe.recv()
+            said: list[str] | str = self._pipe.recv()
         except (EOFError, OSError) as error:
             raise UserError("the reward process ended while loading the reward functions; see its message") from error
-        if problem is not None:
-            names = ", ".join(r.function for r in self.rewards)
-            raise UserError(f"the reward functions ({names}) cannot be loaded: {problem}")
-        self._ready = True
+        names = ", ".join(r.function for r in self.rewards)
+        if isinstance(said, str):
+            raise UserError(f"the reward functions ({names}) cannot be loaded: {said}")
+        if self._sources not in (None, said):
+            raise UserError(
+                f"the reward functions ({names}) are not those that this run began with: their file was changed, and "
+                "their process had to be started anew; put the file back and resume, or begin another run"
+            )
+        self._sources, self._ready = said, True

@@ -31,7 +31,7 @@ def main(descriptor: int) -> None:
     except BaseException as error:  # the user's module may do anything, sys.exit included
         pipe.send(f"{type(error).__name__}: {error}")
         return
-    pipe.send(None)
+    pipe.send([functions.source_digest(config) for config in configs])
     worker = os.getpid()
     while True:
         try:

