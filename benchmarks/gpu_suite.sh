@@ -4,7 +4,9 @@
 #   benchmarks/gpu_suite.sh                      needs python3 with a CUDA torch; uses what else it finds
 #   PEER_WHEELS=folder benchmarks/gpu_suite.sh   peers from wheels (default benchmarks/wheels; fetch_peer_wheels.sh)
 #   OUT=folder                                   where results go (default benchmarks/results/gpu)
-#   SECONDS_IN_ALL=540, SECONDS_FOR_TESTS=150    time shares
+#   SECONDS_IN_ALL=540, SECONDS_FOR_TESTS=210    time shares
+#
+# compute-sanitizer takes minutes, and is run apart: python3 -m pytest tests/gpu -k compute_sanitizer
 #
 # Tables come last. If the tests are not green, every table says so, and the exit status is 1.
 set -uo pipefail
@@ -14,7 +16,7 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results/gpu}
 PEER_WHEELS=${PEER_WHEELS:-benchmarks/wheels}
 SECONDS_IN_ALL=${SECONDS_IN_ALL:-540}
-SECONDS_FOR_TESTS=${SECONDS_FOR_TESTS:-150}
+SECONDS_FOR_TESTS=${SECONDS_FOR_TESTS:-210}
 SECONDS_FOR_ACCURACY=60
 SECONDS_FOR_STEPS=80
 SECONDS_TO_REPORT=15
@@ -55,7 +57,7 @@ run_tests() {
   fi
   local status=0
   timeout --signal=INT --kill-after=10 "$SECONDS_FOR_TESTS" \
-    "$PYTHON" -m pytest tests/gpu -q --durations=5 2>&1 | tee "$OUT/tests.log" || status=$?
+    "$PYTHON" -m pytest tests/gpu -q --durations=5 -k "not compute_sanitizer" 2>&1 | tee "$OUT/tests.log" || status=$?
   case $status in
     0) grep -q ' passed' "$OUT/tests.log" || note="GPU TESTS NOT RUN: all were skipped" ;;
     124 | 137) note="GPU TESTS NOT FINISHED in $SECONDS_FOR_TESTS s: the figures below are of code that is not tested" ;;

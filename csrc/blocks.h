@@ -40,7 +40,8 @@ inline void join_target(const Partials &from, int64_t row, float *row_max, float
   total[row] = float(double(from.total[row]) * std::exp(top - highest) + std::exp(target - highest));
 }
 
-// Both sweeps of rows whose d loss / d log-probability is known before them, each row while it is in the second cache.
+// Both sweeps of rows whose d loss / d log-probability is known before them, each row while it is in the second cache, but
+// for what becomes dense after it was sampled.
 // Rows are taken in blocks of `block_rows`, for which `kept` has room; those of a block with more than `most` entries a row
 // in the mean become dense, in place of their products, and have no entries; its number in `is_dense` becomes 1, else 0.
 template <class Rows>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -66,7 +67,8 @@ def accumulate(
             _check_halving(policy.ranks, live, max_tokens, error)
         max_tokens //= 2
         if policy.device.type == "cuda":
-            torch.cuda.empty_cache()  # now that the failed pass is gone, with the error that held it
+            gc.collect()  # the failed pass is gone with the error that held it, unless a cycle holds it too
+            torch.cuda.empty_cache()
 
 
 def _accumulate(policy: Policy, parts: Sequence[Sequence[Weighted]], num_tokens: int, seed: int) -> Sums:
@@ -86,7 +88,8 @@ def _accumulate(policy: Policy, parts: Sequence[Sequence[Weighted]], num_tokens:
         sums.logps.append(out.logps)
         sums.rollout_logps.append(batch.rollout_logps)
     # Only now: a GPU's host that read them one by one would stand still until each microbatch is computed.
-    sums.loss, sums.entropy = (sum(torch.stack(found).tolist()) if found else 0.0 for found in (losses, entropies))
+    figures = torch.stack([*losses, *entropies]).tolist() if losses else []
+    sums.loss, sums.entropy = sum(figures[: len(losses)], 0.0), sum(figures[len(losses) :], 0.0)
     return sums
 
 

@@ -11,8 +11,8 @@ So neither weight is gathered in a step and no gradient of one is reduced: it is
 roles where they are tied. What travels instead is four times the hidden states of all tokens; docs/scaling.md says when
 that is less.
 
-Ranks have unequal numbers of tokens, and are padded to the largest: padded rows have no target, and are dropped before
-the first product. The loss is that of all ranks' tokens, on every rank; the first alone says its value.
+Ranks have unequal numbers of tokens, and are padded to the largest where they are gathered; the padding is left out
+before the first product. The loss is that of all ranks' tokens, on every rank; the first alone says its value.
 
 Letters: N rows of this rank, M of the largest, R ranks, H hidden, V vocabulary.
 """
@@ -29,7 +29,8 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.nn import functional
 
 from aapo_fast.models.head import Head
-from aapo_fast.ops.linear_policy import IGNORE_INDEX, PolicyLoss, VocabularyShard
+from aapo_fast.ops.linear_policy import PolicyLoss, VocabularyShard
+from aapo_fast.ops.linear_policy.memory import sent
 from aapo_fast.trainer.policy import Policy
 from aapo_fast.trainer.ranks import Ranks, rows_a_rank
 from aapo_fast.types import Batch, UserError
@@ -72,20 +73,24 @@ class VocabularyParallel(Policy):
         """Of all ranks' rows, by this rank's columns: with the gradients of both. Log-probabilities and entropies are
         those of its own rows. Of sparse rows each rank draws its own columns, by its own seed.
         """
-        most = max(self.ranks.each(lambda: len(hidden)))
+        counts = self.ranks.each(lambda: len(hidden))
+        most = max(counts)
+        real = torch.cat([torch.arange(count) + rank * most for rank, count in enumerate(counts)])
+        here = sent(real, self.device)
 
-        def of_all(values: Tensor, fill: float = 0.0) -> Tensor:
-            return gathered(values, most, fill, self._mesh)
+        def of_all(values: Tensor) -> Tensor:
+            return gathered(values, most, 0.0, self._mesh).index_select(0, here)
 
         rows = replace(
             batch,
-            targets=of_all(batch.targets, IGNORE_INDEX),
+            targets=of_all(batch.targets),
             rollout_logps=of_all(batch.rollout_logps),
             advantages=of_all(batch.advantages[batch.sequence_index]),  # one a row, each a sequence of its own
-            sequence_index=torch.arange(self.ranks.world * most, device=self.device),
+            sequence_index=torch.arange(len(real), device=self.device),
         )
         out = super().head_loss(of_all(hidden), rows, num_tokens, seed)
-        mine = slice(self.ranks.rank * most, self.ranks.rank * most + len(hidden))
+        first = sum(counts[: self.ranks.rank])
+        mine = slice(first, first + len(hidden))
         loss = out.loss if self.ranks.first else out.loss - out.loss.detach()
         return PolicyLoss(loss, out.logps[mine], out.entropy[mine])
 

@@ -182,6 +182,8 @@ void sweeps(const Kernels &k, const Case &c) {
                    [](int64_t rows, const auto &work) { work(0, rows); });
     for (int64_t row = 0; row < n; ++row) {
       const bool dense = is_dense[size_t(row / block_rows)] == 1;
+      expect(most != 0 || dense || a[size_t(row)] == 0 || c.vocab - (targets[size_t(row)] >= 0) == 0, "a row left sparse",
+             double(row), 0);
       expect(!dense || (most == 0 && counts[size_t(row)] == 0), "entries of a dense row", double(counts[size_t(row)]), 0);
       std::vector<double> made(size_t(c.vocab));
       for (int64_t e = 0; e < counts[size_t(row)]; ++e)

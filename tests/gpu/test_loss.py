@@ -3,12 +3,14 @@
 Run alone by benchmarks/gpu_suite.sh; needs torch with CUDA, triton and pytest, nothing else.
 """
 
+import os
 import shutil
 import subprocess
 import sys
 
 import accuracy
 import pytest
+import support
 import torch
 from op_support import relative
 
@@ -50,6 +52,13 @@ def test_real_heads_in_several_chunks(h, v):
     assert not accuracy.complaints(data, found, true, dense_bf16=True)
 
 
+@pytest.fixture
+def sparse_whatever_it_costs(monkeypatch):
+    """Rows of these tests are flatter than a model's: most blocks would be dense."""
+    monkeypatch.setattr(sparse_triton, "DENSE_SHARE", 10.0)
+
+
+@pytest.mark.usefixtures("sparse_whatever_it_costs")
 @pytest.mark.parametrize("backward", ["exact", "sparse"])
 def test_the_same_bits_every_time(backward):
     data = accuracy.make("model-like", 3000, 512, 151_936, torch.bfloat16, "cuda")
@@ -125,9 +134,10 @@ def test_more_than_two_to_the_31_logits_in_little_memory(backward):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_host_never_waits(dtype, implementation):
-    data = accuracy.make("model-like", 900, 128, 32_003, dtype, "cuda")
+    data = accuracy.make("ninety per cent without weight", 900, 128, 32_003, dtype, "cuda")
     data.targets[::7] = af.ops.linear_policy.IGNORE_INDEX
     objective = data.objective()
+    assert (objective.advantages == 0).any()
     on_the_host = af.AAPO(objective.advantages.cpu(), objective.sequence_index.cpu(), objective.num_tokens)
     accuracy.results(data, implementation)  # compiled beforehand
     hidden, weight = (t.requires_grad_() for t in (data.hidden, data.weight))
@@ -144,6 +154,7 @@ def test_the_host_never_waits(dtype, implementation):
     assert hidden.grad.isfinite().all() and hidden.grad[::7].norm() == 0
 
 
+@pytest.mark.usefixtures("sparse_whatever_it_costs")
 def test_sparse_rows_wait_for_their_counts_only():
     """Which arrive behind an event: what would wait for the whole stream is an error here."""
     data = accuracy.make("model-like", 900, 128, 32_003, torch.bfloat16, "cuda")
@@ -185,6 +196,7 @@ def test_group_advantages_are_those_of_the_cpu(group_size, scale_rewards):
     assert torch.allclose(ours.cpu(), truth, rtol=1.3e-7, atol=1e-14)
 
 
+@support.needs_compiler  # for the numbers of the objective, which are tensors on the CPU
 def test_torch_compile_in_one_graph():
     data = accuracy.make("model-like", 300, 64, 32_003, torch.bfloat16, "cuda")
     advantages = data.objective().advantages
@@ -213,12 +225,16 @@ def test_a_target_out_of_range_is_an_assertion_of_the_device():
 
 
 def test_compute_sanitizer_finds_nothing():
-    """Out-of-bounds and misaligned accesses of the custom kernels, both modes, ragged sizes."""
+    """Out-of-bounds and misaligned accesses of the custom kernels, both modes, ragged sizes. Each tensor is an
+    allocation of its own, without which a neighbour's memory would do; calls that cuBLAS tries in vain are no errors.
+    """
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed here")
     code = (
         "import torch, aapo_fast as af\n"
+        "from aapo_fast.ops.linear_policy import sparse_triton\n"
+        "sparse_triton.DENSE_SHARE = 10.0\n"
         "for v in (7, 1009, 4097):\n"
         "    x = torch.randn(37, 16, device='cuda', dtype=torch.bfloat16, requires_grad=True)\n"
         "    w = torch.randn(v, 16, device='cuda', dtype=torch.bfloat16, requires_grad=True)\n"
@@ -228,6 +244,9 @@ def test_compute_sanitizer_finds_nothing():
         "        o.loss.backward()\n"
         "torch.cuda.synchronize()\n"
     )
-    command = [sanitizer, "--error-exitcode", "9", sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    command = [sanitizer, "--report-api-errors", "no", "--error-exitcode", "9", sys.executable, "-c", code]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    if "Device not supported" in done.stdout + done.stderr:
+        pytest.skip("compute-sanitizer does not reach the device here")
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

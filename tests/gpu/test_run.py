@@ -5,6 +5,7 @@ In float32 without flash attention, so that two runs differ by the order of sums
 on a GPU: runs are held against each other by the way that their weights have come.
 """
 
+import importlib.util
 import signal
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
+if missing := [name for name in ("matplotlib", "requests", "rich") if importlib.util.find_spec(name) is None]:
+    pytest.skip(f"not installed here: {', '.join(missing)}", allow_module_level=True)
 
 from policy_support import relative
 from resume_support import folder_of, make_tree, run, steps

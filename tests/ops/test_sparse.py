@@ -7,7 +7,8 @@ import torch
 from op_support import VARIANTS, objectives, problem, relative, run, sequences, variant_problem
 
 import aapo_fast as af
-from aapo_fast.ops.linear_policy import chunked, rows_torch, sizes, sparse, uniforms
+from aapo_fast.ops import native
+from aapo_fast.ops.linear_policy import chunked, rows_native, rows_torch, sizes, sparse, uniforms
 
 
 @pytest.fixture(autouse=True)
@@ -150,19 +151,33 @@ def test_rows_too_full_are_dense_and_exact(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(grads, exact, strict=True))
 
 
-def test_blocks_choose_their_road_one_by_one(monkeypatch):
-    """Flat and peaked rows in one chunk: the flat ones are exact, the peaked ones sampled."""
+NATIVE = pytest.param(
+    "native", marks=pytest.mark.skipif(native.why_not() is not None, reason="the native kernels are not there")
+)
+
+
+@pytest.mark.parametrize("objective", [af.SFT(40.0), af.SFT(40.0, torch.ones(40))], ids=["SFT", "known weights"])
+@pytest.mark.parametrize("implementation", ["torch", NATIVE])
+def test_blocks_choose_their_road_one_by_one(monkeypatch, implementation, objective):
+    """Flat and peaked rows in each of two chunks: the flat ones are exact, the peaked ones sampled."""
+    monkeypatch.setattr(sizes, "CHUNK_ROWS", 20)
     monkeypatch.setattr(sparse, "DENSE_SHARE", 0.05)
-    monkeypatch.setattr(rows_torch, "BLOCK_BYTES", 10 * 1001 * 8)
-    hidden, weight, targets, _ = problem(40, 16, 1001, scale=2.0)
+    monkeypatch.setattr(rows_native, "DENSE_SHARE", 0.05)
+    monkeypatch.setattr(rows_native, "ROWS_A_THREAD", 1)
+    dtype = torch.float64 if implementation == "torch" else torch.float32
+    for rows in (rows_torch, rows_native):
+        monkeypatch.setattr(rows, "BLOCK_BYTES", 10 * 1001 * dtype.itemsize)
+    hidden, weight, targets, _ = problem(40, 16, 1001, dtype=dtype, scale=2.0)
     hidden = hidden.detach()
     hidden[10:20] *= 1e-3
     hidden[30:] *= 1e-3
-    _, exact = run("torch", (hidden.requires_grad_(), weight, targets, None), af.SFT(40.0))
-    _, grads = run("torch", (hidden, weight, targets, None), af.SFT(40.0), backward="sparse", sparsity_threshold=2**-6)
+    inputs = (hidden.requires_grad_(), weight, targets, None)
+    _, exact = run(implementation, inputs, objective)
+    _, grads = run(implementation, inputs, objective, backward="sparse", sparsity_threshold=2**-6)
     difference = (grads[0] - exact[0]).norm(dim=1) / exact[0].norm(dim=1)
-    assert (difference[10:20] < 1e-12).all() and (difference[30:] < 1e-12).all()
-    assert (difference[:10] > 1e-6).any() and (difference[20:30] > 1e-6).any()
+    rounding = 1e-12 if implementation == "torch" else 1e-6
+    assert (difference[10:20] < rounding).all() and (difference[30:] < rounding).all()
+    assert (difference[:10] > 1e-3).any() and (difference[20:30] > 1e-3).any()
     assert relative(grads[1], exact[1]) < 0.2
 
 

@@ -3,7 +3,7 @@ would have to look at one fails on it.
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -82,11 +82,12 @@ def test_rows_known_on_the_host_are_those_with_a_weight():
     advantages, index = sequences()
     _, _, targets = operands(device="cpu")
     call = chunked.Call(Transform(1.0), V, None, None, 0, "torch", True, None)
-    rows = autograd.rows_to_visit(targets, af.AAPO(advantages, index, N), call)
+    mask = af.AAPO(advantages, index, N).active()
+    rows = autograd.rows_to_visit(targets, mask, call)
     assert torch.equal(rows, (advantages[index] != 0).nonzero().squeeze(1)) and len(rows) < N
-    there = autograd.rows_to_visit(targets.to("meta"), af.AAPO(advantages, index, N), call)
+    there = autograd.rows_to_visit(targets.to("meta"), mask, call)
     assert there.shape == rows.shape and there.device == META
-    assert autograd.rows_to_visit(targets.to("meta"), af.AAPO(torch.ones(B), index, N), call) is None
+    assert autograd.rows_to_visit(targets.to("meta"), torch.ones(N, dtype=torch.bool), call) is None
 
 
 def test_an_objective_follows_its_rows():
@@ -98,6 +99,55 @@ def test_an_objective_follows_its_rows():
     assert there.objective.num_tokens is inner.num_tokens and there.entropy_bonus == 0.01
     assert objective.objective is inner and inner.advantages is advantages  # which stay where they are
     assert autograd.on_device(objective, torch.device("cpu")) is objective
+
+
+class Masked:
+    """No dataclass: its mask is on the CPU whatever happens."""
+
+    def active(self):
+        return torch.arange(N) % 3 > 0
+
+    def __call__(self, tokens):
+        return -tokens.logps
+
+
+@dataclass
+class Stateful:
+    weights: torch.Tensor
+    scale: float
+    table: torch.Tensor
+    cache: object = field(init=False, repr=False)
+    state: object = None
+
+    def active(self):
+        return self.weights != 0
+
+    def __call__(self, tokens):
+        return -self.weights[tokens.rows] * tokens.logps * self.scale
+
+
+def stateful():
+    """With a field that is not set, one that is no vector, one that leads back to it, and an attribute beside them."""
+    made = Stateful(torch.ones(N), 2.0, torch.ones(3, 4))
+    made.state, made.beside = Table(torch.ones(N)), 7
+    made.state.back = made
+    return made
+
+
+@pytest.mark.parametrize("implementation", ["torch", "reference"])
+@pytest.mark.parametrize("make", [Masked, stateful])
+def test_objectives_of_users_own_kinds(make, implementation):
+    hidden, weight, targets = operands()
+    out = af.linear_policy_loss(hidden, weight, targets, make(), implementation=implementation)
+    out.loss.backward()
+    assert hidden.grad.shape == (N, H)
+
+
+def test_a_copy_of_an_objective_holds_all_that_it_held():
+    made = stateful()
+    there = autograd.on_device(made, META)
+    assert there.weights.device == META and made.weights.device.type == "cpu"
+    assert there.table is made.table and there.state is made.state and (there.scale, there.beside) == (2.0, 7)
 
 
 @dataclass
@@ -114,6 +164,9 @@ def test_an_objective_on_a_third_device_is_refused(implementation):
     objective = Table(torch.ones(N, device="meta"))
     with pytest.raises(ValueError, match=r"Table\.values is on meta, targets is on cpu; move them together"):
         af.linear_policy_loss(hidden, weight, targets, objective, implementation=implementation)
+    on_meta = af.AAPO(*sequences("meta"), N)
+    with pytest.raises(ValueError, match=r"AAPO\.advantages is on meta, targets is on cpu; move them together"):
+        af.linear_policy_loss(hidden, weight, targets, on_meta, implementation=implementation)
     index = sequences("meta")[1]
     with pytest.raises(ValueError, match="advantages is on cpu, sequence_index is on meta; put them on one device"):
         af.AAPO(torch.ones(B), index, N)
@@ -140,7 +193,9 @@ class Looks(TorchDispatchMode):
 @pytest.mark.parametrize("backward", ["exact", "sparse"])
 @pytest.mark.parametrize("kind", ["AAPO", "GRPO"])
 def test_triton_kernels_look_at_nothing_but_counts(backward, kind, monkeypatch):
-    """One count of sparse entries a panel, by the one function that waits for no more than it has to."""
+    """One count of sparse entries a panel, by the one function that waits for no more than it has to. (What reads
+    values without an operator, ``tolist`` of a tensor on the CPU, is not seen.)
+    """
     from aapo_fast.ops.linear_policy import sparse_triton
 
     monkeypatch.setattr(sizes, "CHUNK_ROWS", 80)

@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file
 
 from aapo_fast import config
-from aapo_fast.ops.linear_policy import sparse
+from aapo_fast.ops.linear_policy import rows_native, sparse
 from aapo_fast.rollout.hf import HFEngine
 from aapo_fast.trainer import loop, report, sampling, setup
 from aapo_fast.trainer.ahead import Rollouts
@@ -56,7 +56,8 @@ def test_a_tiny_model_learns_a_trivial_task(tmp_path, tiny_model, mode):
 
 
 def test_it_learns_with_sparse_gradient_rows_too(tmp_path, tiny_model, monkeypatch):
-    monkeypatch.setattr(sparse, "DENSE_SHARE", 10.0)  # a vocabulary of 45 would always be dense
+    for rows in (sparse, rows_native):
+        monkeypatch.setattr(rows, "DENSE_SHARE", 10.0)  # a vocabulary of 45 would always be dense
     tree = support.tiny_run(
         tmp_path, tiny_model, train__steps=25, train__learning_rate=3e-3, rollout__group_size=16,
         loss__backward="sparse", loss__sparsity_threshold=2**-6,

@@ -84,10 +84,10 @@ def linear_policy_loss(
     before the first matrix product; their ``logps`` and ``entropy`` are NaN. ``all_logps=True`` computes them for every
     row with a target, at the price of the first matrix product.
 
-    On a GPU the host does not wait if ``backward="exact"`` and the rows to drop are known to it: with the objective's
-    vectors on the CPU, from where they are sent along (rows without a target are then masked, not dropped), or with
-    ``all_logps=True``. Otherwise their number is read from the device. Sparse rows read a count a panel of rows, while
-    the products of the next panel are computed.
+    On a GPU the host does not wait if ``backward="exact"`` and the rows to drop are known to it: with
+    ``all_logps=True``, or where the objective's ``active()`` is on the CPU, as with vectors there, which are sent along
+    (rows without a target are then masked, not dropped). Otherwise their number is read from the device. Sparse rows
+    read a count a panel; with 16-bit operands and Triton while the products of the next panel are computed.
 
     Gradients reach ``hidden``, ``weight`` and ``bias``, each only if it requires one; they are computed here, in the
     forward, and handed out in the backward: call ``backward`` for each microbatch, since every loss holds its (V, H)
@@ -103,7 +103,8 @@ def linear_policy_loss(
             mesh: divide the loss by the tokens of all ranks.
         targets: (N,) int64 sampled tokens in [0, V), or ``IGNORE_INDEX``.
         objective: ``AAPO``, ``GRPO``, ``CISPO``, ``REINFORCE``, ``SFT``, one of them ``Regularized``, or any callable
-            from ``Tokens`` to (C,) losses. The vectors of a dataclass may be on the CPU, whatever ``hidden`` is on.
+            from ``Tokens`` to (C,) losses. The vectors of a dataclass may be on the CPU, whatever ``hidden`` is on
+            (under ``torch.compile`` of those that stay in one visit: ``aapo_fast.objectives``).
         bias: (V,) or None.
         temperature: the logits are divided by it; use the sampling temperature. A number, or (N,) one a row.
         softcap: c of the final soft-capping ``c tanh(x / c)``, or None.

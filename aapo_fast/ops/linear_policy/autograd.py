@@ -5,7 +5,6 @@ Letters: N rows of the call, M rows visited, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -41,9 +40,10 @@ def run_policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Gradients, Tensor | None]:
     """Loss, (N,) log-probabilities, (N,) entropies, gradients of the visited rows, and which rows these are."""
     with _as_written(targets):
-        work, rows = _pass(operands, targets, objective, call, wanted)
-        objective = on_device(objective, targets.device)
-        loss, logps, entropy, gradients = runs.policy_loss(work, objective, active_rows(objective))
+        active, objective = active_rows(objective), on_device(objective, targets.device)
+        work, rows = _pass(operands, targets, active, call, wanted)
+        active = None if active is None else sent(active, targets.device)
+        loss, logps, entropy, gradients = runs.policy_loss(work, objective, active)
     logps, entropy = (scattered(values, rows, targets.numel(), math.nan) for values in (logps, entropy))
     return loss, logps, entropy, gradients, rows
 
@@ -144,25 +144,26 @@ def _as_written(tensor: Tensor) -> torch.autocast:
 def _pass(
     operands: tuple[Tensor, Tensor, Tensor | None],
     targets: Tensor,
-    objective: Objective | None,
+    active: Tensor | None,
     call: Call,
     wanted: Sequence[bool],
 ) -> tuple[Pass, Tensor | None]:
-    """A run over the rows to visit, and which these are."""
+    """A run over the rows to visit, and which these are. ``active``: as ``active_rows`` has it."""
     # Operands as autocast has them, and only they: gradients are those of the originals, in their dtype.
     hidden, weight, bias = operands
     if call.autocast is not None:
         hidden, weight = hidden.to(call.autocast), weight.to(call.autocast)
-    rows = rows_to_visit(targets, objective, call)
+    rows = rows_to_visit(targets, active, call)
     numbers = torch.arange(targets.numel(), device=targets.device) if rows is None else rows
     if rows is not None:
         hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
     return Pass(hidden, weight, bias, targets, numbers, call, wanted), rows
 
 
-def rows_to_visit(targets: Tensor, objective: Objective | None, call: Call) -> Tensor | None:
-    """(M,) int64 indices of the rows that have a target and, where the objective says so, a weight; None is all."""
-    mask = active_rows(objective)
+def rows_to_visit(targets: Tensor, mask: Tensor | None, call: Call) -> Tensor | None:
+    """(M,) int64 indices of the rows that have a target and, where the objective says so (``active_rows``), a weight;
+    None is all.
+    """
     if mask is not None and mask.shape != targets.shape:
         raise ValueError(
             f"objective covers {tuple(mask.shape)} rows but targets has {tuple(targets.shape)}; "
@@ -191,31 +192,30 @@ def active_rows(objective: Objective | None) -> Tensor | None:
 
 
 def on_device(objective: Any, device: torch.device) -> Any:
-    """``objective`` with its vectors on ``device``, if it is a dataclass and they are on the host.
+    """``objective`` with its vectors on ``device``, if it is a dataclass and they are on the host: a copy then, and so
+    with the objectives that it holds. What has other than one dimension stays where it is.
 
     Raises:
-        ValueError: one is on a third device.
+        ValueError: a vector is on a third device.
     """
     if not dataclasses.is_dataclass(objective) or isinstance(objective, type):
         return objective
     moved: dict[str, object] = {}
-    for field in dataclasses.fields(objective):
-        value = getattr(objective, field.name)
-        if isinstance(value, Tensor):
-            if value.device == device or value.ndim == 0:  # numbers are taken from wherever they are
-                continue
+    held = {field.name: getattr(objective, field.name, None) for field in dataclasses.fields(objective)}
+    for name, value in held.items():
+        if isinstance(value, Tensor) and value.ndim == 1 and value.device != device:
             if value.device.type != "cpu":
                 raise ValueError(
-                    f"{type(objective).__name__}.{field.name} is on {value.device}, targets is on {device}; move them "
+                    f"{type(objective).__name__}.{name} is on {value.device}, targets is on {device}; move them "
                     "together, or leave what the objective has on the CPU"
                 )
-            moved[field.name] = sent(value, device)
-        elif (inner := on_device(value, device)) is not value:
-            moved[field.name] = inner
+            moved[name] = sent(value, device)
+        elif callable(value) and (inner := on_device(value, device)) is not value:
+            moved[name] = inner
     if not moved:
         return objective
-    made = copy.copy(objective)  # and not by its constructor, which has run
-    for name, value in moved.items():
+    made = object.__new__(type(objective))  # and not by its constructor, which has run
+    for name, value in (held | getattr(objective, "__dict__", {}) | moved).items():
         object.__setattr__(made, name, value)
     return made
 

@@ -56,7 +56,7 @@ def logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
 def _live_and_visited(targets: Tensor, objective: Objective, call: Call) -> tuple[Tensor, Tensor]:
     """(N,) bool: rows that have a loss, and rows whose log-probability is given."""
     has_target, mask = targets != autograd.IGNORE_INDEX, autograd.active_rows(objective)
-    live = has_target if mask is None else has_target & mask
+    live = has_target if mask is None else has_target & mask.to(targets.device)
     return live, live if call.drop_rows else has_target
 
 

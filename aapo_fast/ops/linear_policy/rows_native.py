@@ -27,8 +27,8 @@ from aapo_fast.ops.linear_policy.uniforms import row_uniforms
 BLOCK_BYTES = 16 * 2**20
 """Size of a block: what the second sweep reads again should still be in the cache that the cores share."""
 
-ROWS_A_THREAD = 4
-"""Rows that a block has at least for each thread."""
+ROWS_A_THREAD = 8
+"""Rows that a block has at least for each thread: an eighth of them, which is sampled first, is then one for each."""
 
 TILE, PANEL = 64, 1024
 """Columns of which sweep 1 keeps the sum, and the maximum; as in csrc/kernels.h."""
@@ -149,7 +149,7 @@ class NativeRows:
         return entries
 
     def _room(self, num_rows: int, capacity: int) -> tuple[Tensor, Tensor]:
-        """(C, capacity) columns and values, the same memory for every block."""
+        """(C, capacity) columns and values, the same memory for every block or panel. Little of it is ever touched."""
         if self._found is None or self._found[0].shape[0] < num_rows or self._found[0].shape[1] != capacity:
             columns = torch.empty(num_rows, capacity, dtype=torch.int32, device="cpu")
             self._found = columns, torch.empty_like(columns, dtype=torch.float32)
