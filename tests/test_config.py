@@ -112,7 +112,7 @@ def test_every_option_is_documented():
         ({"loss.backward": "fast"}, "loss.backward='fast' must be one of exact, sparse"),
         ({"loss.backward": "sparse", "loss.implementation": "reference"}, "is not for loss.implementation='reference'"),
         (
-            {"model.vocabulary_parallel": "true", "loss.implementation": "reference"},
+            {"model.vocabulary_parallel": "true", "loss.implementation": "reference", "loss.backward": "exact"},
             "model.vocabulary_parallel=true is not for loss.implementation='reference'; use 'auto' or 'torch'",
         ),
         ({"loss.max_importance_weight": "0.5"}, "loss.max_importance_weight=0.5 must be at least 1 and finite"),

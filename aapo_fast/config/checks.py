@@ -76,7 +76,10 @@ def _check_loss(c: Config) -> None:
             f"loss.max_importance_weight={c.loss.max_importance_weight} must be at least 1 and finite; 0: no correction"
         )
     if c.loss.implementation == "reference" and c.loss.backward == "sparse":
-        raise ConfigError("loss.backward='sparse' is not for loss.implementation='reference'; use 'auto' or 'torch'")
+        raise ConfigError(
+            "loss.backward='sparse' is not for loss.implementation='reference'; use 'auto' or 'torch', or "
+            "loss.backward='exact'"
+        )
     if c.loss.implementation == "reference" and c.model.vocabulary_parallel:
         raise ConfigError(
             "model.vocabulary_parallel=true is not for loss.implementation='reference'; use 'auto' or 'torch'"
