@@ -155,6 +155,7 @@ def test_a_copy_of_an_objective_holds_all_that_it_held():
     there = autograd.on_device(made, META)
     assert there.weights.device == META and made.weights.device.type == "cpu"
     assert there.table is made.table and there.state is made.state and (there.scale, there.beside) == (2.0, 7)
+    assert not hasattr(there, "cache")
 
 
 @dataclass

@@ -201,7 +201,8 @@ def on_device(objective: Any, device: torch.device) -> Any:
     if not dataclasses.is_dataclass(objective) or isinstance(objective, type):
         return objective
     moved: dict[str, object] = {}
-    held = {field.name: getattr(objective, field.name, None) for field in dataclasses.fields(objective)}
+    names = [field.name for field in dataclasses.fields(objective) if hasattr(objective, field.name)]
+    held = {name: getattr(objective, name) for name in names}
     for name, value in held.items():
         if isinstance(value, Tensor) and value.ndim == 1 and value.device != device:
             if value.device.type != "cpu":
