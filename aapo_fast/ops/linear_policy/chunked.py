@@ -208,10 +208,11 @@ class Pass:
 
     def sweep_and_spend(self, rows: slice, products: Tensor, linear: LinearWeights) -> RowStatistics:
         """Both sweeps of a panel in one launch. ``linear`` holds one index for each of the M rows."""
+        sparse = self._tries_sparse()  # as ``sweeps_at_once`` has seen it: what lands may end a pause
         self._keep_target_products(rows, products)
         self._land_all()
         given = (products, self.targets[rows], linear.weights, linear.sequence_index[rows], self.transform.of(rows))
-        if self._tries_sparse():
+        if sparse:
             assert isinstance(self.kernels, SparseLaunch) and self.call.threshold is not None and self._in_place
             partials, entries, dense = self.kernels.sparse_sweeps(*given, self.call.threshold, self._uniforms[rows])
             self._entries.append((rows, entries))
