@@ -23,7 +23,7 @@ from aapo_fast.bench import machine
 from aapo_fast.config import ModelConfig
 from aapo_fast.data.packing import Weighted, pad
 from aapo_fast.trainer.policy import Policy
-from aapo_fast.trainer.transfer import sent_along
+from aapo_fast.trainer.transfer import batch_to_device
 from aapo_fast.types import Batch, Sample
 
 LAYOUTS = ("padded", "packed", "shared")
@@ -52,7 +52,7 @@ def make_group(vocab: int, prompt: int, group: int, longest: int, seed: int = 0)
 
 def batch_of(policy: Policy, samples: Sequence[Weighted], layout: str) -> Batch:
     if layout == "padded":
-        return sent_along(pad(samples, 0), policy.device)
+        return batch_to_device(pad(samples, 0), policy.device)
     if layout == "packed":
         samples = [
             Weighted(Sample(Apart(w.sample.prompt_ids), w.sample.token_ids, (), "", "length", 0), w.advantage)

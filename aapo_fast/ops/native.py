@@ -16,7 +16,7 @@ LEVELS = ("plain", "avx2", "avx512")
 """Levels of instructions by their number in csrc/kernels.h."""
 
 _FOLDER = Path(__file__).parent
-_REBUILD = "make native, or pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps aapo-fast"
+_REBUILD = "make native, or in aapo-fast's folder pip install --no-build-isolation --force-reinstall --no-deps ."
 _OPERATORS = (
     "statistics", "gradient", "both_sweeps", "sample_entries", "sparse_sweeps", "pack_entries", "add_times_weight",
     "add_transposed_times", "exp",

@@ -11,7 +11,7 @@ import torch
 from aapo_fast.data.packing import Weighted, pack, pad
 from aapo_fast.models.attention import UnpackableError
 from aapo_fast.models.load import steers_attention
-from aapo_fast.trainer.transfer import sent_along
+from aapo_fast.trainer.transfer import batch_to_device
 from aapo_fast.types import Sample
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ def why_padded(policy: Policy) -> str:
     if not steers_attention(policy.model):
         return "its attention cannot be told what a packed row holds"
     samples = _few_samples(policy.head.weight.shape[0])
-    packed = sent_along(pack(samples, ragged=policy.flash is not None), policy.device)
+    packed = batch_to_device(pack(samples, ragged=policy.flash is not None), policy.device)
     with policy.autocast():
-        truth = policy.hidden_states(sent_along(pad(samples, 0), policy.device)).float()
+        truth = policy.hidden_states(batch_to_device(pad(samples, 0), policy.device)).float()
         try:
             ours = policy.hidden_states(packed).float()
         except (TypeError, ValueError, RuntimeError) as error:

@@ -26,7 +26,7 @@ from aapo_fast.objectives import AAPO, Objective, Regularized
 from aapo_fast.ops.linear_policy import PolicyLoss, linear_logprobs, linear_policy_loss
 from aapo_fast.trainer.layout import why_padded
 from aapo_fast.trainer.ranks import ONE
-from aapo_fast.trainer.transfer import sent_along
+from aapo_fast.trainer.transfer import batch_to_device
 from aapo_fast.types import Batch, UserError
 
 DEFAULT_LOSS, FULL = LossConfig(), LoraConfig()
@@ -135,8 +135,8 @@ class Policy:
     def batch(self, samples: Sequence[Weighted]) -> Batch:
         """Tensors of one microbatch, on the model's device."""
         if self.packed:
-            return sent_along(pack(samples, ragged=self.flash is not None), self.device)
-        return sent_along(pad(samples, self.tokenizer.pad_token_id or 0), self.device)
+            return batch_to_device(pack(samples, ragged=self.flash is not None), self.device)
+        return batch_to_device(pad(samples, self.tokenizer.pad_token_id or 0), self.device)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """(N, H): for each target token the hidden state that predicts it. Called under ``autocast``."""

@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from aapo_fast.models.head import Head
 from aapo_fast.ops.linear_policy import PolicyLoss, VocabularyShard
-from aapo_fast.ops.linear_policy.memory import sent
+from aapo_fast.ops.transfer import to_device
 from aapo_fast.trainer.policy import Policy
 from aapo_fast.trainer.ranks import Ranks, rows_a_rank
 from aapo_fast.types import Batch, UserError
@@ -76,10 +76,11 @@ class VocabularyParallel(Policy):
         counts = self.ranks.each(lambda: len(hidden))
         most = max(counts)
         real = torch.cat([torch.arange(count) + rank * most for rank, count in enumerate(counts)])
-        here = sent(real, self.device)
+        here = to_device(real, self.device)
 
         def of_all(values: Tensor) -> Tensor:
-            return gathered(values, most, 0.0, self._mesh).index_select(0, here)
+            padded = gathered(values, most, 0.0, self._mesh)
+            return padded if len(padded) == len(real) else padded.index_select(0, here)
 
         rows = replace(
             batch,

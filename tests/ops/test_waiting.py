@@ -94,11 +94,11 @@ def test_an_objective_follows_its_rows():
     advantages, index = sequences()
     inner = af.AAPO(advantages, index, torch.tensor(9.0))
     objective = af.Regularized(inner, N, 0.01)
-    there = autograd.on_device(objective, META)
+    there = autograd.objective_on_device(objective, META)
     assert there.objective.advantages.device == there.objective.sequence_index.device == META
     assert there.objective.num_tokens is inner.num_tokens and there.entropy_bonus == 0.01
     assert objective.objective is inner and inner.advantages is advantages  # which stay where they are
-    assert autograd.on_device(objective, torch.device("cpu")) is objective
+    assert autograd.objective_on_device(objective, torch.device("cpu")) is objective
 
 
 class Masked:
@@ -152,7 +152,7 @@ def test_objectives_of_users_own_kinds(make, implementation):
 
 def test_a_copy_of_an_objective_holds_all_that_it_held():
     made = stateful()
-    there = autograd.on_device(made, META)
+    there = autograd.objective_on_device(made, META)
     assert there.weights.device == META and made.weights.device.type == "cpu"
     assert there.table is made.table and there.state is made.state and (there.scale, there.beside) == (2.0, 7)
     assert not hasattr(there, "cache")

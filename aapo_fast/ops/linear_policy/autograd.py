@@ -16,8 +16,8 @@ from torch import Tensor
 from aapo_fast.objectives import Objective
 from aapo_fast.ops.linear_policy import runs
 from aapo_fast.ops.linear_policy.chunked import Call, Gradients, Pass
-from aapo_fast.ops.linear_policy.memory import sent
 from aapo_fast.ops.linear_policy.statistics import SparseProduct
+from aapo_fast.ops.transfer import to_device
 
 IGNORE_INDEX = -100
 """A target with this value has no loss and no log-probability, as in ``torch.nn.functional.cross_entropy``."""
@@ -40,9 +40,9 @@ def run_policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Gradients, Tensor | None]:
     """Loss, (N,) log-probabilities, (N,) entropies, gradients of the visited rows, and which rows these are."""
     with _as_written(targets):
-        active, objective = active_rows(objective), on_device(objective, targets.device)
+        active, objective = active_rows(objective), objective_on_device(objective, targets.device)
         work, rows = _pass(operands, targets, active, call, wanted)
-        active = None if active is None else sent(active, targets.device)
+        active = None if active is None else to_device(active, targets.device)
         loss, logps, entropy, gradients = runs.policy_loss(work, objective, active)
     logps, entropy = (scattered(values, rows, targets.numel(), math.nan) for values in (logps, entropy))
     return loss, logps, entropy, gradients, rows
@@ -176,7 +176,7 @@ def rows_to_visit(targets: Tensor, mask: Tensor | None, call: Call) -> Tensor | 
             return None
         if mask is not None and mask.device.type == "cpu":
             rows = mask.nonzero().squeeze(1)
-            return None if rows.numel() == targets.numel() else sent(rows, targets.device)
+            return None if rows.numel() == targets.numel() else to_device(rows, targets.device)
     keep = targets != IGNORE_INDEX
     if mask is not None and call.drop_rows:
         keep = keep & mask
@@ -191,7 +191,7 @@ def active_rows(objective: Objective | None) -> Tensor | None:
     return mask
 
 
-def on_device(objective: Any, device: torch.device) -> Any:
+def objective_on_device(objective: Any, device: torch.device) -> Any:
     """``objective`` with its vectors on ``device``, if it is a dataclass and they are on the host: a copy then, and so
     with the objectives that it holds. What has other than one dimension stays where it is.
 
@@ -210,8 +210,8 @@ def on_device(objective: Any, device: torch.device) -> Any:
                     f"{type(objective).__name__}.{name} is on {value.device}, targets is on {device}; move them "
                     "together, or leave what the objective has on the CPU"
                 )
-            moved[name] = sent(value, device)
-        elif callable(value) and (inner := on_device(value, device)) is not value:
+            moved[name] = to_device(value, device)
+        elif callable(value) and (inner := objective_on_device(value, device)) is not value:
             moved[name] = inner
     if not moved:
         return objective

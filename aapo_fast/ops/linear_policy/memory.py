@@ -1,4 +1,4 @@
-"""The buffers of a pass, and the road of small tensors from the host to a device."""
+"""The buffers of a pass: logits and gradient rows of a chunk."""
 
 from __future__ import annotations
 
@@ -21,17 +21,6 @@ def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
         return _in_huge_pages(rows * columns, dtype).view(rows, columns)
     unit = 256 // dtype.itemsize if device.type == "cuda" else 1
     return torch.empty(rows, -(-columns // unit) * unit, dtype=dtype, device=device)[:, :columns]
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``. From the host to a GPU it is queued behind what the GPU has to do, and nothing waits:
-    it goes by pinned memory, without which the host stands still until it is there. By a copy: ``tensor`` may be pinned
-    itself, and written anew before the GPU has come to read it.
-    """
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        pinned = torch.empty_like(tensor, memory_format=torch.contiguous_format, pin_memory=True)
-        return pinned.copy_(tensor).to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def _in_huge_pages(numel: int, dtype: torch.dtype) -> Tensor:

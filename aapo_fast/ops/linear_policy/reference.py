@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 from aapo_fast.objectives import Objective, Tokens
-from aapo_fast.ops.linear_policy.autograd import IGNORE_INDEX, active_rows, on_device, rows_to_visit, scattered
+from aapo_fast.ops.linear_policy.autograd import (
+    IGNORE_INDEX,
+    active_rows,
+    objective_on_device,
+    rows_to_visit,
+    scattered,
+)
 from aapo_fast.ops.linear_policy.chunked import Call
-from aapo_fast.ops.linear_policy.memory import sent
 from aapo_fast.ops.linear_policy.statistics import compute_dtype
+from aapo_fast.ops.transfer import to_device
 
 
 def logprobs(
@@ -45,9 +51,9 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss with gradient; (N,) log-probabilities and entropies without, NaN in rows without target or weight."""
     logps, entropy, logsumexp = logprobs(hidden, weight, bias, targets, call)
-    active, objective = active_rows(objective), on_device(objective, targets.device)
+    active, objective = active_rows(objective), objective_on_device(objective, targets.device)
     visited = rows_to_visit(targets, active, call)
-    active = None if active is None else sent(active, targets.device)
+    active = None if active is None else to_device(active, targets.device)
     rows = torch.arange(targets.numel(), device=targets.device) if visited is None else visited
     losses = objective(Tokens(logps[rows], entropy[rows], rows, logsumexp[rows]))
     loss = (losses if active is None else losses.where(active[rows], 0.0)).sum()

@@ -195,7 +195,7 @@ class SparseLaunch(Protocol):
         self, products: Tensor, targets: Tensor, weights: Tensor, index: Tensor, transform: Transform,
         threshold: float, uniforms: Tensor,
     ) -> tuple[Partials, Entries, list[slice]]:  # fmt: skip
-        """Entries, and the blocks for which dense rows are cheaper: theirs are in place of ``products``."""
+        """Sweep 1, entries, and the blocks for which dense rows are cheaper: theirs are in place of ``products``."""
 
 
 @runtime_checkable

@@ -1,0 +1,17 @@
+"""Small tensors on their way from the host to a device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``. From the host to a GPU it is queued behind what the GPU has to do, and nothing waits:
+    it goes by pinned memory, without which the host stands still until it is there. By a copy: ``tensor`` may be pinned
+    itself, and written anew before the GPU has come to read it.
+    """
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        pinned = torch.empty_like(tensor, memory_format=torch.contiguous_format, pin_memory=True)
+        return pinned.copy_(tensor).to(device, non_blocking=True)
+    return tensor.to(device)
