@@ -42,12 +42,12 @@ inline void join_target(const Partials &from, int64_t row, float *row_max, float
 
 // Both sweeps of rows whose d loss / d log-probability is known before them, each row while it is in the second cache, but
 // for what becomes dense after it was sampled.
-// Rows are taken in blocks of `block_rows`, for which `kept` has room; those of a block with more than `most` entries a row
-// in the mean become dense, in place of their products, and have no entries; its number in `is_dense` becomes 1, else 0.
+// Rows are taken in blocks of `block_rows`, for which `kept` has room; those of a block with more than `most_a_row` entries
+// a row in the mean become dense, in place of their products, and have no entries; its number in `is_dense` becomes 1, else 0.
 template <class Rows>
 void sweep_sparsely(const Kernels &k, const Block &block, const float *on_logp, const Partials &partials,
-                    const Tiles &kept, int64_t block_rows, const Sample &sample, double most, const Found &found,
-                    int64_t *is_dense, const Rows &over_rows) {
+                    const Tiles &kept, int64_t block_rows, const Sample &sample, double most_a_row,
+                    const Found &found, int64_t *is_dense, const Rows &over_rows) {
   const int64_t n = block.num_rows;
   std::vector<float> whole(static_cast<size_t>(3 * n)); // maxima, totals, and entropies, on which nothing here depends
   float *row_max = whole.data(), *total = row_max + n;
@@ -65,7 +65,7 @@ void sweep_sparsely(const Kernels &k, const Block &block, const float *on_logp, 
         k.sample(block, wanted, own, sample, found, row, row + 1);
       }
     };
-    const Looked looked = look(rows, found.means + start, most * double(rows), over_rows, sample_rows);
+    const Looked looked = look(rows, found.means + start, most_a_row * double(rows), over_rows, sample_rows);
     is_dense[start / block_rows] = !looked.sparse;
     if (looked.sparse)
       continue;

@@ -101,8 +101,8 @@ void sample_entries(const Tensor &products, const Tensor &targets, const Tensor 
 // above; `dense` has a number for each block.
 void sparse_sweeps(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
                    std::optional<double> softcap, const Tensor &on_logp, const Tensor &partials, const Tensor &tiles,
-                   const Tensor &uniforms, double threshold, double most, const Tensor &column, const Tensor &value,
-                   const Tensor &starts, const Tensor &dense, int64_t level) {
+                   const Tensor &uniforms, double threshold, double most_a_row, const Tensor &column,
+                   const Tensor &value, const Tensor &starts, const Tensor &dense, int64_t level) {
   const Kernels &k = kernels(level);
   const Block block = block_of(products, targets, temperature, scale, softcap);
   check_matrix(tiles, -1, "tiles");
@@ -115,8 +115,8 @@ void sparse_sweeps(const Tensor &products, const Tensor &targets, const Tensor &
   Found found = found_of(column, value, n);
   found.counts = slots + 1;
   found.means = means.data();
-  sweep_sparsely(k, block, a, partials_of(partials, block), kept, block_rows, sample_of(uniforms, threshold, block), most,
-                 found, is_dense, Threads{block});
+  sweep_sparsely(k, block, a, partials_of(partials, block), kept, block_rows, sample_of(uniforms, threshold, block),
+                 most_a_row, found, is_dense, Threads{block});
   slots[0] = 0;
   std::partial_sum(slots, slots + n + 1, slots);
 }
@@ -224,7 +224,7 @@ STABLE_TORCH_LIBRARY(aapo_fast_native, m) {
   m.def("sample_entries(Tensor products, " AAPO_BLOCK ", " AAPO_WANTED ", Tensor tiles, Tensor uniforms, float threshold, "
         "float most, Tensor(a!) column, Tensor(b!) value, Tensor(c!) starts, int level) -> ()");
   m.def("sparse_sweeps(Tensor(a!) products, " AAPO_BLOCK ", Tensor on_logp, Tensor(b!) partials, Tensor(c!) tiles, "
-        "Tensor uniforms, float threshold, float most, Tensor(d!) column, Tensor(e!) value, Tensor(f!) starts, "
+        "Tensor uniforms, float threshold, float most_a_row, Tensor(d!) column, Tensor(e!) value, Tensor(f!) starts, "
         "Tensor(g!) dense, int level) -> ()");
   m.def("pack_entries(Tensor found_column, Tensor found_value, Tensor starts, Tensor(a!) row, Tensor(b!) column, "
         "Tensor(c!) value) -> ()");
