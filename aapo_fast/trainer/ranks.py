@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -34,6 +35,11 @@ S = TypeVar("S")
 
 TIME_LIMIT = timedelta(minutes=30)
 """Longest that ranks wait for each other: for the slowest one's rollout, or for the first to write a checkpoint."""
+
+LETTING_GO_SECONDS = 0.2
+"""A thread of gloo's that has yet to let go of its last tensor, when Python ends, aborts the process. Those threads
+outlive ``destroy_process_group`` (torch 2.13), and want the lock of Python's interpreter for a moment.
+"""
 
 
 class RankError(UserError):
@@ -190,6 +196,7 @@ def joined_ranks(config: Config) -> Iterator[Ranks]:
             ) from error
         raise
     dist.destroy_process_group()
+    time.sleep(LETTING_GO_SECONDS)
 
 
 def check_ranks(config: Config, world: int) -> None:
