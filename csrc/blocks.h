@@ -1,5 +1,5 @@
-// Blocks of rows whose gradient is sampled, or dense where it would have too many entries. No PyTorch: over_rows(n, work)
-// calls work(begin, end) for parts of n rows, on whatever threads there are.
+// Blocks of rows that are sampled, or left to be dense where they would have too many entries. No PyTorch:
+// over_rows(n, work) calls work(begin, end) for parts of n rows, on whatever threads there are.
 #pragma once
 
 #include "kernels.h"
@@ -40,41 +40,34 @@ inline void join_target(const Partials &from, int64_t row, float *row_max, float
   total[row] = float(double(from.total[row]) * std::exp(top - highest) + std::exp(target - highest));
 }
 
-// Both sweeps of rows whose d loss / d log-probability is known before them, each row while it is in the second cache, but
-// for what becomes dense after it was sampled.
-// Rows are taken in blocks of `block_rows`, for which `kept` has room; those of a block with more than `most_a_row` entries
-// a row in the mean become dense, in place of their products, and have no entries; its number in `is_dense` becomes 1, else 0.
+// Sweep 1 and the sample, of each row while it is in the second cache. Rows are taken in blocks of `block_rows`, for which
+// `kept` has room; a block with more than `most_a_row` entries a row in the mean is to be dense: it has no entries, and its
+// number in `is_dense` becomes 1, else 0.
 template <class Rows>
-void sweep_sparsely(const Kernels &k, const Block &block, const float *on_logp, const Partials &partials,
-                    const Tiles &kept, int64_t block_rows, const Sample &sample, double most_a_row,
-                    const Found &found, int64_t *is_dense, const Rows &over_rows) {
+void sweep_sparsely(const Kernels &k, const Block &block, const bool *live, const Partials &partials, const Tiles &kept,
+                    int64_t block_rows, const Sample &sample, double most_a_row, const Found &found, int64_t *is_dense,
+                    const Rows &over_rows) {
   const int64_t n = block.num_rows;
-  std::vector<float> whole(static_cast<size_t>(3 * n)); // maxima, totals, and entropies, on which nothing here depends
+  std::vector<float> whole(static_cast<size_t>(2 * n));
   float *row_max = whole.data(), *total = row_max + n;
-  const Wanted wanted{row_max, total, total + n, on_logp, nullptr, nullptr};
-  const auto sweep = [&](int64_t row, const Tiles &own) {
-    k.statistics(block, partials, own, row, row + 1);
-    join_target(partials, row, row_max, total);
-  };
+  const Chances chances{row_max, total, live};
   for (int64_t start = 0; start < n; start += block_rows) {
     const int64_t rows = std::min(block_rows, n - start);
-    const auto sample_rows = [&](int64_t begin, int64_t end) {
+    const auto sweep_and_sample = [&](int64_t begin, int64_t end) {
       for (int64_t row = start + begin; row < start + end; ++row) {
         const Tiles own = kept.of(row - start);
-        sweep(row, own);
-        k.sample(block, wanted, own, sample, found, row, row + 1);
+        k.statistics(block, partials, own, row, row + 1);
+        join_target(partials, row, row_max, total);
+        k.sample(block, chances, own, sample, found, row, row + 1);
       }
     };
-    const Looked looked = look(rows, found.means + start, most_a_row * double(rows), over_rows, sample_rows);
+    const Looked looked = look(rows, found.means + start, most_a_row * double(rows), over_rows, sweep_and_sample);
     is_dense[start / block_rows] = !looked.sparse;
     if (looked.sparse)
       continue;
-    over_rows(rows, [&](int64_t begin, int64_t end) {
-      for (int64_t row = start + begin; row < start + end; ++row) {
-        if (row - start >= looked.num_rows)
-          sweep(row, Tiles{});
-        k.gradient(block, wanted, row, row + 1);
-      }
+    over_rows(rows - looked.num_rows, [&](int64_t begin, int64_t end) {
+      const int64_t first = start + looked.num_rows;
+      k.statistics(block, partials, Tiles{}, first + begin, first + end);
     });
     std::fill_n(found.counts + start, rows, 0);
   }

@@ -4,16 +4,6 @@
 
 namespace aapo_fast {
 
-void pack(const int32_t *from_column, const float *from_value, int64_t capacity, const int64_t *starts, int64_t num_rows,
-          int32_t *row, int32_t *column, float *value) {
-  for (int64_t r = 0; r < num_rows; ++r) {
-    const int64_t first = starts[r], count = starts[r + 1] - first;
-    std::fill_n(row + first, count, int32_t(r));
-    std::copy_n(from_column + r * capacity, count, column + first);
-    std::copy_n(from_value + r * capacity, count, value + first);
-  }
-}
-
 bool all_below(const int32_t *numbers, int64_t count, int64_t bound) {
   return std::all_of(numbers, numbers + count, [=](int32_t n) { return n >= 0 && n < bound; });
 }

@@ -13,10 +13,6 @@ struct Segments {
   std::vector<float> value;
 };
 
-// Entries of rows that have room for `capacity` each, one row after the other: those of r to [starts[r], starts[r + 1]).
-void pack(const int32_t *from_column, const float *from_value, int64_t capacity, const int64_t *starts, int64_t num_rows,
-          int32_t *row, int32_t *column, float *value);
-
 // Whether all numbers lie in [0, bound), and none is smaller than the one before it.
 bool all_below(const int32_t *numbers, int64_t count, int64_t bound);
 bool ascending(const int32_t *numbers, int64_t count);

@@ -26,10 +26,16 @@ void both_sweeps(const Block &block, const float *on_logp, const Partials &parti
   }
 }
 
-void sample(const Block &block, const Wanted &wanted, const Tiles &tiles, const Sample &how, const Found &found,
+void sample(const Block &block, const Chances &chances, const Tiles &tiles, const Sample &how, const Found &found,
             int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row)
-    sample_row(block, wanted, tiles, how, found, row);
+    sample_row(block, chances, tiles, how, found, row);
+}
+
+void pack(const Block &block, const Wanted &wanted, const Found &found, const Packed &packed, int64_t begin,
+          int64_t end) {
+  for (int64_t row = begin; row < end; ++row)
+    pack_row(block, wanted, found, packed, row);
 }
 
 void add_gathered(const Gather &gather, int64_t begin, int64_t end) {
@@ -55,6 +61,6 @@ void exp_of(const float *x, float *out, int64_t begin, int64_t end) {
 #define AAPO_JOIN(a, b) a##b
 #define AAPO_NAME(level) AAPO_JOIN(kernels_, level)
 extern const Kernels AAPO_NAME(AAPO_LEVEL);
-const Kernels AAPO_NAME(AAPO_LEVEL) = {statistics, gradient, both_sweeps, sample, add_gathered, exp_of};
+const Kernels AAPO_NAME(AAPO_LEVEL) = {statistics, gradient, both_sweeps, sample, pack, add_gathered, exp_of};
 
 } // namespace aapo_fast

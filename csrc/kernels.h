@@ -41,6 +41,12 @@ struct Tiles {
   }
 };
 
+// Of whole rows: p_v = exp(z_v - row_max) / total, and whether anything can depend on the row; each (C,).
+struct Chances {
+  const float *row_max, *total;
+  const bool *live;
+};
+
 // Statistics of whole rows, and d loss / d each; each (C,).
 struct Wanted {
   const float *row_max, *total, *entropy;
@@ -53,13 +59,20 @@ struct Sample {
   double threshold;
 };
 
-// Room for the sparse gradient entries of C rows.
+// Room for the sampled entries of C rows: which they are, and their probabilities, p or the threshold.
 struct Found {
   int32_t *column; // (C, capacity)
-  float *value;    // (C, capacity)
+  float *p;        // (C, capacity)
   int64_t capacity;
   int64_t *counts; // (C,) entries of each row
   double *means;   // (C,) and how many they are in the mean over the uniforms
+};
+
+// Sparse gradient entries of C rows, one row after the other: those of r at [starts[r], starts[r + 1]).
+struct Packed {
+  const int64_t *starts;
+  int32_t *row, *column;
+  float *value;
 };
 
 enum class Type { FP32, BF16, FP16 };
@@ -82,9 +95,11 @@ struct Kernels {
   void (*gradient)(const Block &, const Wanted &, int64_t begin, int64_t end);
   // Both, for coefficients known beforehand.
   void (*both_sweeps)(const Block &, const float *on_logp, const Partials &, int64_t begin, int64_t end);
-  // Sparse gradient entries of each row.
-  void (*sample)(const Block &, const Wanted &, const Tiles &, const Sample &, const Found &, int64_t begin,
+  // Which entries a row has depends on its probabilities alone, not on what the loss wants of it.
+  void (*sample)(const Block &, const Chances &, const Tiles &, const Sample &, const Found &, int64_t begin,
                  int64_t end);
+  // From probabilities to d loss / d product.
+  void (*pack)(const Block &, const Wanted &, const Found &, const Packed &, int64_t begin, int64_t end);
   void (*add_gathered)(const Gather &, int64_t begin, int64_t end);
   // Of x <= 0; NaN may become a number.
   void (*exp)(const float *x, float *out, int64_t begin, int64_t end);

@@ -21,6 +21,7 @@ const Kernels &kernels(int64_t level) {
 }
 
 template <class T> constexpr ScalarType type_of();
+template <> constexpr ScalarType type_of<bool>() { return ScalarType::Bool; }
 template <> constexpr ScalarType type_of<float>() { return ScalarType::Float; }
 template <> constexpr ScalarType type_of<double>() { return ScalarType::Double; }
 template <> constexpr ScalarType type_of<int32_t>() { return ScalarType::Int; }
@@ -102,15 +103,23 @@ Sample sample_of(const Tensor &uniforms, double threshold, const Block &block) {
 }
 
 // Without the counts and the means.
-Found found_of(const Tensor &column, const Tensor &value, int64_t num_rows) {
-  check_type(column, ScalarType::Int, "column");
-  check_type(value, ScalarType::Float, "value");
-  STD_TORCH_CHECK(column.dim() == 2 && value.dim() == 2 && column.is_contiguous() && value.is_contiguous() &&
-                      column.size(0) >= num_rows && value.size(0) >= num_rows && column.size(1) == value.size(1),
-                  "aapo_fast_native: column and value must be contiguous matrices of one shape with room for ", num_rows,
-                  " rows");
-  return {static_cast<int32_t *>(column.mutable_data_ptr()), static_cast<float *>(value.mutable_data_ptr()),
+Found found_of(const Tensor &column, const Tensor &p, int64_t num_rows) {
+  check_type(column, ScalarType::Int, "found_column");
+  check_type(p, ScalarType::Float, "found_p");
+  STD_TORCH_CHECK(column.dim() == 2 && p.dim() == 2 && column.is_contiguous() && p.is_contiguous() &&
+                      column.size(0) >= num_rows && p.size(0) >= num_rows && column.size(1) == p.size(1),
+                  "aapo_fast_native: found_column and found_p must be contiguous matrices of one shape with room for ",
+                  num_rows, " rows");
+  return {static_cast<int32_t *>(column.mutable_data_ptr()), static_cast<float *>(p.mutable_data_ptr()),
           column.size(1), nullptr, nullptr};
+}
+
+// Counts where they become starts: that of a row where the next one starts.
+Found found_of(const Tensor &column, const Tensor &p, const Tensor &starts, double *means, int64_t num_rows) {
+  Found found = found_of(column, p, num_rows);
+  found.counts = vector_of<int64_t>(starts, num_rows + 1, "starts") + 1;
+  found.means = means;
+  return found;
 }
 
 Gather gather_of(const Tensor &source, const Tensor &out) {

@@ -22,7 +22,7 @@
 namespace aapo_fast {
 namespace {
 
-constexpr int64_t INTERFACE = 6;
+constexpr int64_t INTERFACE = 7;
 constexpr int64_t GRAIN = 1 << 15; // logits below which a second thread costs more than it brings
 
 // Calls work(begin, end) for parts of so many rows of a block, on PyTorch's threads.
@@ -67,72 +67,86 @@ void both_sweeps(const Tensor &products, const Tensor &targets, const Tensor &te
 
 // --- operators: sparse rows ------------------------------------------------------------------------------------------
 
-// Entries of row r go to [starts[r], starts[r + 1]) of the packed ones. Where there are more than `most` in the mean, the
-// last of `starts` is -1, and the others say nothing.
+// What is found of row r is the first starts[r + 1] - starts[r] of its places.
+void to_starts(const Found &found, int64_t num_rows) {
+  int64_t *starts = found.counts - 1;
+  starts[0] = 0;
+  std::partial_sum(starts, starts + num_rows + 1, starts);
+}
+
+// Entries of a block, as probabilities, from what sweep 1 kept of it in `tiles`. Where there are more than `most` in the
+// mean, the one number of `dense` is 1, and `starts` says nothing.
 void sample_entries(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
-                    std::optional<double> softcap, const Tensor &row_max, const Tensor &total, const Tensor &entropy,
-                    const Tensor &on_logp, const std::optional<Tensor> &on_entropy,
-                    const std::optional<Tensor> &on_logsumexp, const Tensor &tiles, const Tensor &uniforms,
-                    double threshold, double most, const Tensor &column, const Tensor &value, const Tensor &starts,
+                    std::optional<double> softcap, const Tensor &row_max, const Tensor &total, const Tensor &live,
+                    const Tensor &tiles, const Tensor &uniforms, double threshold, double most,
+                    const Tensor &found_column, const Tensor &found_p, const Tensor &starts, const Tensor &dense,
                     int64_t level) {
   const Kernels &k = kernels(level);
   const Block block = block_of(products, targets, temperature, scale, softcap);
-  const Wanted w = wanted_of(row_max, total, entropy, on_logp, on_entropy, on_logsumexp, block);
-  const Tiles kept = tiles_of(tiles, block, block.num_rows);
-  const Sample sample = sample_of(uniforms, threshold, block);
-  Found found = found_of(column, value, block.num_rows);
   const int64_t n = block.num_rows;
+  const Chances chances{vector_of<float>(row_max, n, "row_max"), vector_of<float>(total, n, "total"),
+                        vector_of<bool>(live, n, "live")};
+  const Tiles kept = tiles_of(tiles, block, n);
+  const Sample sample = sample_of(uniforms, threshold, block);
   std::vector<double> means(static_cast<size_t>(n));
-  int64_t *slots = vector_of<int64_t>(starts, n + 1, "starts");
-  found.counts = slots + 1; // where a row's count becomes the start of the next
-  found.means = means.data();
+  const Found found = found_of(found_column, found_p, starts, means.data(), n);
   const Looked looked = look(n, found.means, most, Threads{block}, [&](int64_t begin, int64_t end) {
-    k.sample(block, w, kept, sample, found, begin, end);
+    k.sample(block, chances, kept, sample, found, begin, end);
   });
-  if (!looked.sparse) {
-    slots[n] = -1;
-    return;
-  }
-  slots[0] = 0;
-  std::partial_sum(slots, slots + n + 1, slots);
+  *vector_of<int64_t>(dense, 1, "dense") = !looked.sparse;
+  to_starts(found, n);
 }
 
-// Statistics and gradient rows of a panel at once, as blocks.h has it: a block is as many rows as `tiles` has. Entries as
-// above; `dense` has a number for each block.
+// Sweep 1 and entries of a panel at once, as blocks.h has it: a block is as many rows as `tiles` has. Entries as above;
+// `dense` has a number for each block.
 void sparse_sweeps(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
-                   std::optional<double> softcap, const Tensor &on_logp, const Tensor &partials, const Tensor &tiles,
-                   const Tensor &uniforms, double threshold, double most_a_row, const Tensor &column,
-                   const Tensor &value, const Tensor &starts, const Tensor &dense, int64_t level) {
+                   std::optional<double> softcap, const Tensor &live, const Tensor &partials, const Tensor &tiles,
+                   const Tensor &uniforms, double threshold, double most_a_row, const Tensor &found_column,
+                   const Tensor &found_p, const Tensor &starts, const Tensor &dense, int64_t level) {
   const Kernels &k = kernels(level);
   const Block block = block_of(products, targets, temperature, scale, softcap);
   check_matrix(tiles, -1, "tiles");
   const int64_t n = block.num_rows, block_rows = std::max<int64_t>(tiles.size(0), 1);
   const Tiles kept = tiles_of(tiles, block, std::min(block_rows, n));
-  const float *a = vector_of<float>(on_logp, n, "on_logp");
   std::vector<double> means(static_cast<size_t>(n));
-  int64_t *slots = vector_of<int64_t>(starts, n + 1, "starts");
+  const Found found = found_of(found_column, found_p, starts, means.data(), n);
   int64_t *is_dense = vector_of<int64_t>(dense, (n + block_rows - 1) / block_rows, "dense");
-  Found found = found_of(column, value, n);
-  found.counts = slots + 1;
-  found.means = means.data();
-  sweep_sparsely(k, block, a, partials_of(partials, block), kept, block_rows, sample_of(uniforms, threshold, block),
-                 most_a_row, found, is_dense, Threads{block});
-  slots[0] = 0;
-  std::partial_sum(slots, slots + n + 1, slots);
+  sweep_sparsely(k, block, vector_of<bool>(live, n, "live"), partials_of(partials, block), kept, block_rows,
+                 sample_of(uniforms, threshold, block), most_a_row, found, is_dense, Threads{block});
+  to_starts(found, n);
 }
 
-void pack_entries(const Tensor &found_column, const Tensor &found_value, const Tensor &starts, const Tensor &row,
-                  const Tensor &column, const Tensor &value) {
-  const int64_t num_rows = starts.numel() - 1, count = row.numel();
-  const Found found = found_of(found_column, found_value, num_rows);
-  const int64_t *slots = vector_of<int64_t>(starts, num_rows + 1, "starts");
-  bool fits = num_rows >= 0 && slots[0] == 0 && slots[num_rows] == count;
-  for (int64_t r = 0; fits && r < num_rows; ++r)
+bool wants(const Wanted &wanted, int64_t row) { // NaN is something
+  const auto some = [row](const float *wish) { return wish != nullptr && wish[row] != 0; };
+  return some(wanted.on_logp) || some(wanted.on_entropy) || some(wanted.on_logsumexp);
+}
+
+// What was found, row by row, as d loss / d products, without the rows of which nothing is wanted; `count` becomes the
+// number of these entries. There is room for all.
+void pack_entries(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
+                  std::optional<double> softcap, const Tensor &row_max, const Tensor &total, const Tensor &entropy,
+                  const Tensor &on_logp, const std::optional<Tensor> &on_entropy,
+                  const std::optional<Tensor> &on_logsumexp, const Tensor &found_column, const Tensor &found_p,
+                  const Tensor &starts, const Tensor &row, const Tensor &column, const Tensor &value,
+                  const Tensor &count, int64_t level) {
+  const Kernels &k = kernels(level);
+  const Block block = block_of(products, targets, temperature, scale, softcap);
+  const Wanted w = wanted_of(row_max, total, entropy, on_logp, on_entropy, on_logsumexp, block);
+  const int64_t n = block.num_rows, room = row.numel();
+  const Found found = found_of(found_column, found_p, n);
+  const int64_t *slots = vector_of<int64_t>(starts, n + 1, "starts");
+  bool fits = slots[0] == 0 && slots[n] == room;
+  for (int64_t r = 0; fits && r < n; ++r)
     fits = slots[r] <= slots[r + 1] && slots[r + 1] - slots[r] <= found.capacity;
   STD_TORCH_CHECK(fits, "aapo_fast_native: starts must ascend from 0 to the number of entries, and a row hold ",
                   found.capacity, " at most");
-  pack(found.column, found.value, found.capacity, slots, num_rows, vector_of<int32_t>(row, count, "row"),
-       vector_of<int32_t>(column, count, "column"), vector_of<float>(value, count, "value"));
+  std::vector<int64_t> places{0};
+  for (int64_t r = 0; r < n; ++r)
+    places.push_back(places.back() + (wants(w, r) ? slots[r + 1] - slots[r] : 0));
+  const Packed packed{places.data(), vector_of<int32_t>(row, room, "row"), vector_of<int32_t>(column, room, "column"),
+                      vector_of<float>(value, room, "value")};
+  *vector_of<int64_t>(count, 1, "count") = places.back();
+  Threads{block}(n, [&](int64_t begin, int64_t end) { k.pack(block, w, found, packed, begin, end); });
 }
 
 // --- operators: the sparse products ----------------------------------------------------------------------------------
@@ -213,21 +227,22 @@ std::string describe() {
 } // namespace aapo_fast
 
 // (C, V) products; vectors of C: targets in int64, temperature, statistics of whole rows, and d loss / d log-probability,
-// entropy and log-sum-exp, absent where it is zero; partials (4, C): row_max, total, weighted, target.
+// entropy and log-sum-exp, absent where it is zero; partials (4, C): row_max, total, weighted, target. Live: whether
+// anything can depend on the row.
 #define AAPO_BLOCK "Tensor targets, Tensor temperature, float scale, float? softcap"
 #define AAPO_WANTED "Tensor row_max, Tensor total, Tensor entropy, Tensor on_logp, Tensor? on_entropy, Tensor? on_logsumexp"
+#define AAPO_FOUND "Tensor(d!) found_column, Tensor(e!) found_p, Tensor(f!) starts, Tensor(g!) dense"
 
 STABLE_TORCH_LIBRARY(aapo_fast_native, m) {
   m.def("statistics(Tensor(a!) products, " AAPO_BLOCK ", Tensor(b!) partials, Tensor(c!)? tiles, int level) -> ()");
   m.def("gradient(Tensor(a!) products, " AAPO_BLOCK ", " AAPO_WANTED ", int level) -> ()");
   m.def("both_sweeps(Tensor(a!) products, " AAPO_BLOCK ", Tensor on_logp, Tensor(b!) partials, int level) -> ()");
-  m.def("sample_entries(Tensor products, " AAPO_BLOCK ", " AAPO_WANTED ", Tensor tiles, Tensor uniforms, float threshold, "
-        "float most, Tensor(a!) column, Tensor(b!) value, Tensor(c!) starts, int level) -> ()");
-  m.def("sparse_sweeps(Tensor(a!) products, " AAPO_BLOCK ", Tensor on_logp, Tensor(b!) partials, Tensor(c!) tiles, "
-        "Tensor uniforms, float threshold, float most_a_row, Tensor(d!) column, Tensor(e!) value, Tensor(f!) starts, "
-        "Tensor(g!) dense, int level) -> ()");
-  m.def("pack_entries(Tensor found_column, Tensor found_value, Tensor starts, Tensor(a!) row, Tensor(b!) column, "
-        "Tensor(c!) value) -> ()");
+  m.def("sample_entries(Tensor products, " AAPO_BLOCK ", Tensor row_max, Tensor total, Tensor live, Tensor tiles, "
+        "Tensor uniforms, float threshold, float most, " AAPO_FOUND ", int level) -> ()");
+  m.def("sparse_sweeps(Tensor(a!) products, " AAPO_BLOCK ", Tensor live, Tensor(b!) partials, Tensor(c!) tiles, "
+        "Tensor uniforms, float threshold, float most_a_row, " AAPO_FOUND ", int level) -> ()");
+  m.def("pack_entries(Tensor products, " AAPO_BLOCK ", " AAPO_WANTED ", Tensor found_column, Tensor found_p, "
+        "Tensor starts, Tensor(a!) row, Tensor(b!) column, Tensor(c!) value, Tensor(d!) count, int level) -> ()");
   m.def("add_times_weight(Tensor row, Tensor column, Tensor value, Tensor weight, Tensor(a!) out, int level) -> ()");
   m.def(
       "add_transposed_times(Tensor row, Tensor column, Tensor value, Tensor hidden, Tensor(a!) out, int level) -> ()");

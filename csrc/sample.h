@@ -17,22 +17,22 @@ constexpr int FRACTION = 40;
 constexpr int64_t ONE = int64_t(1) << FRACTION;
 constexpr double LONGEST = 2.0 * TILE * ONE; // no tile's dust is as long
 constexpr int64_t TILES_A_PANEL = PANEL / TILE;
-constexpr int64_t STRETCH = 64 * TILES_A_PANEL; // tiles that are listed together
-constexpr int64_t AHEAD = 16;                   // tiles that are fetched before they are opened
+constexpr int64_t STRETCH = 160 * TILES_A_PANEL; // tiles that are listed together: of most vocabularies all
+constexpr int64_t AHEAD = 16;                    // tiles that are fetched before they are opened
 
 inline int64_t whole(int64_t stands) { return stands >> FRACTION; }
 
 // Where the entries of a row go, and how many there are; never more than fit.
 struct Writer {
   int32_t *column;
-  float *value;
+  float *p;
   int64_t capacity, count = 0;
 
-  void write(int64_t at, float p) {
+  void write(int64_t at, float probability) {
     if (count == capacity)
       return;
     column[count] = int32_t(at);
-    value[count++] = p;
+    p[count++] = probability;
   }
 };
 
@@ -43,25 +43,27 @@ struct Walk {
   const bool capped;
   const Tiles tiles;
   const RowTransform transform;
-  const RowGradient wanted;
+  const float row_max, inverse; // p_v = exp(z_v - row_max) inverse
+  const bool live;
   const float threshold;
   const double units; // what a probability of one counts
   int64_t stands, num_exact = 0;
   Writer writer;
 
-  Walk(const Block &block, const Wanted &every, const Tiles &tiles, const Sample &sample, const Found &found,
+  Walk(const Block &block, const Chances &chances, const Tiles &tiles, const Sample &sample, const Found &found,
        int64_t row)
       : x(block.products + row * block.stride), vocab(block.vocab), capped(block.softcap != 0), tiles(tiles.of(row)),
-        transform(block, row), wanted(every, row), threshold(float(sample.threshold)), units(double(ONE) / threshold),
+        transform(block, row), row_max(chances.row_max[row]), inverse(1.0f / chances.total[row]),
+        live(chances.live[row]), threshold(float(sample.threshold)), units(double(ONE) / threshold),
         stands(int64_t(double(sample.uniforms[row]) * double(ONE))),
-        writer{found.column + row * found.capacity, found.value + row * found.capacity, found.capacity} {}
+        writer{found.column + row * found.capacity, found.p + row * found.capacity, found.capacity} {}
 
   int64_t num_tiles() const { return (vocab + TILE - 1) / TILE; }
 
-  // Something depends on the row, and its statistics are neither NaN nor infinite.
+  // Something can depend on the row, and its statistics are neither NaN nor infinite.
   bool walkable() const {
-    const float size = wanted.row_max + wanted.inverse + 1.0f / wanted.inverse;
-    return wanted.live() && size - size == 0;
+    const float size = row_max + inverse + 1.0f / inverse;
+    return live && size - size == 0;
   }
 
   void prefetch(int64_t tile) const {
@@ -79,8 +81,8 @@ struct OpenTile {
   template <bool CAPPED, bool HEAVY> AAPO_INLINE void read(const Walk &walk, const float *x) {
     Floats sum_of_dust{};
     for (int64_t i = 0; i < TILE; i += WIDTH) {
-      Floats shifted = walk.transform.of<CAPPED>(load(x + i)).z - walk.wanted.row_max;
-      const Floats q = exp_and_cut(shifted) * walk.wanted.inverse;
+      Floats shifted = walk.transform.of<CAPPED>(load(x + i)).z - walk.row_max;
+      const Floats q = exp_and_cut(shifted) * walk.inverse;
       store(p + i, q);
       if constexpr (HEAVY) {
         const auto is_exact = q >= walk.threshold;
@@ -157,7 +159,7 @@ struct Stretch {
       const int64_t number = panel / TILES_A_PANEL; // a stretch begins at a multiple of WIDTH
       if (number % WIDTH == 0) {
         const Floats level = load(walk.tiles.level + number, least(WIDTH, (end - panel - 1) / TILES_A_PANEL + 1));
-        store(shares, exp(level - walk.wanted.row_max) * walk.wanted.inverse);
+        store(shares, exp(level - walk.row_max) * walk.inverse);
       }
       const float share = shares[number % WIDTH];
       const double units = share * walk.units;
@@ -221,23 +223,9 @@ struct Stretch {
   }
 };
 
-// From probabilities to d loss / d product.
-template <bool CAPPED> void to_gradient(const Walk &walk) {
-  const Writer &found = walk.writer;
-  for (int64_t first = 0; first < found.count; first += WIDTH) {
-    const int64_t n = least(WIDTH, found.count - first);
-    alignas(64) float x[WIDTH] = {};
-    for (int64_t lane = 0; lane < n; ++lane)
-      x[lane] = walk.x[found.column[first + lane]];
-    const Logits at = walk.transform.of<CAPPED>(load(x));
-    const Floats p = load(found.value + first, n);
-    store(found.value + first, p * walk.wanted.factor(at.z - walk.wanted.row_max) * at.slope, n);
-  }
-}
-
-inline void sample_row(const Block &block, const Wanted &wanted, const Tiles &tiles, const Sample &sample,
+inline void sample_row(const Block &block, const Chances &chances, const Tiles &tiles, const Sample &sample,
                        const Found &found, int64_t row) {
-  Walk walk(block, wanted, tiles, sample, found, row);
+  Walk walk(block, chances, tiles, sample, found, row);
   const int64_t begun = walk.stands;
   for (int64_t first = 0; walk.walkable() && first < walk.num_tiles(); first += STRETCH) {
     Stretch stretch(walk, first, least(first + STRETCH, walk.num_tiles()));
@@ -245,12 +233,36 @@ inline void sample_row(const Block &block, const Wanted &wanted, const Tiles &ti
     stretch.keep_exact();
     stretch.keep_sample();
   }
-  if (walk.capped)
-    to_gradient<true>(walk);
-  else
-    to_gradient<false>(walk);
   found.counts[row] = walk.writer.count;
   found.means[row] = double(walk.num_exact) + double(walk.stands - begun) / double(ONE);
+}
+
+// --- what the loss wants of them -------------------------------------------------------------------------------------
+
+template <bool CAPPED>
+void to_gradient(const float *x, const RowTransform &transform, const RowGradient &wanted, const int32_t *column,
+                 const float *p, float *value, int64_t count) {
+  for (int64_t first = 0; first < count; first += WIDTH) {
+    const int64_t n = least(WIDTH, count - first);
+    alignas(64) float products[WIDTH] = {};
+    if (CAPPED || wanted.b != 0) // else nothing depends on them, and they are no longer in a cache
+      for (int64_t lane = 0; lane < n; ++lane)
+        products[lane] = x[column[first + lane]];
+    const Logits at = transform.of<CAPPED>(load(products));
+    store(value + first, load(p + first, n) * wanted.factor(at.z - wanted.row_max) * at.slope, n);
+  }
+}
+
+inline void pack_row(const Block &block, const Wanted &wanted, const Found &found, const Packed &packed, int64_t row) {
+  const int64_t first = packed.starts[row], count = packed.starts[row + 1] - first;
+  const int32_t *column = found.column + row * found.capacity;
+  for (int64_t e = 0; e < count; ++e) {
+    packed.row[first + e] = int32_t(row);
+    packed.column[first + e] = column[e];
+  }
+  const auto of = block.softcap != 0 ? to_gradient<true> : to_gradient<false>;
+  of(block.products + row * block.stride, RowTransform(block, row), RowGradient(wanted, row), column,
+     found.p + row * found.capacity, packed.value + first, count);
 }
 
 } // namespace

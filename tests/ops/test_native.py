@@ -88,7 +88,8 @@ def operator_calls():
     given = targets, torch.ones(3), 1.0, 30.0
     tiles, vector, wanted = torch.rand(3, 5), torch.rand(3), (torch.full((3,), 90.0), *torch.rand(4, 3), None)
     row, value = torch.zeros(2, dtype=torch.int32), torch.rand(2)
-    found = torch.zeros(3, 12, dtype=torch.int32), torch.rand(3, 12)
+    found, live = (torch.zeros(3, 12, dtype=torch.int32), torch.rand(3, 12)), torch.tensor([True, False, True])
+    starts, dense = torch.zeros(4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
     return {
         "statistics": (products, *given, torch.empty(4, 3), tiles),
         "gradient": (products, *given, *wanted),
@@ -96,28 +97,40 @@ def operator_calls():
         "sample_entries": (
             products,
             *given,
-            *wanted,
+            *wanted[:2],
+            live,
             tiles,
             vector,
             0.1,
             100.0,
             *found,
-            torch.zeros(4, dtype=torch.int64),
+            starts,
+            dense[:1],
         ),
         "sparse_sweeps": (
             products,
             *given,
-            vector,
+            live,
             torch.empty(4, 3),
             tiles[:2],
-            vector.clone(),
+            vector,
             0.1,
             100.0,
-            *(t.clone() for t in found),
-            torch.zeros(4, dtype=torch.int64),
-            torch.zeros(2, dtype=torch.int64),
+            *found,
+            starts,
+            dense,
         ),
-        "pack_entries": (*found, torch.tensor([0, 1, 1, 2]), row, row.clone(), value),
+        "pack_entries": (
+            products,
+            *given,
+            *wanted,
+            *found,
+            torch.tensor([0, 1, 1, 2]),
+            row,
+            row.clone(),
+            value,
+            starts[:1],
+        ),
         "add_times_weight": (row, row.clone(), value, torch.rand(4, 5), torch.zeros(2, 5)),
         "add_transposed_times": (row, row.clone(), value, torch.rand(2, 5), torch.zeros(4, 5)),
         "exp": (vector, torch.empty(3)),
@@ -128,9 +141,7 @@ def operator_calls():
 def test_operators_pass_opcheck_and_compile(name, level):
     torch._dynamo.reset()
     operator = getattr(native.operators(), name).default
-    arguments = operator_calls()[name]
-    if name != "pack_entries":
-        arguments += (native.level(),)
+    arguments = (*operator_calls()[name], native.level())
     torch.library.opcheck(operator, arguments)
     eager, compiled = ([a.clone() if isinstance(a, torch.Tensor) else a for a in arguments] for _ in range(2))
     operator(*eager)
@@ -148,12 +159,13 @@ def test_what_operators_refuse():
         run_.add_times_weight(torch.tensor([1, 0], dtype=torch.int32), column, value, weight, out, 0)
     with pytest.raises(RuntimeError, match="dense factor must be Float, BFloat16 or Half, not Double"):
         run_.add_times_weight(row, column, value, weight.double(), out, 0)
-    column, value, starts, *packed = operator_calls()["pack_entries"]
+    *rows, column, p, starts, _, _, _, _ = operator_calls()["pack_entries"]
+    packed = operator_calls()["pack_entries"][-4:]
     for wrong in ([0, 2, 1, 2], [0, 1, 1, 1], [1, 1, 1, 2], [0, 0, 2, 2]):
         with pytest.raises(RuntimeError, match="starts must ascend"):
-            run_.pack_entries(column[:, :1].clone(), value[:, :1].clone(), torch.tensor(wrong), *packed)
+            run_.pack_entries(*rows, column[:, :1].clone(), p[:, :1].clone(), torch.tensor(wrong), *packed, 0)
     with pytest.raises(RuntimeError, match="room for 3 rows"):
-        run_.pack_entries(column[:2], value[:2], starts, *packed)
+        run_.pack_entries(*rows, column[:2], p[:2], starts, *packed, 0)
     products, *rest = operator_calls()["statistics"]
     for wrong in (products.double(), products.t(), products[0]):
         with pytest.raises(RuntimeError, match="aapo_fast_native: "):

@@ -1,4 +1,4 @@
-"""Native rows whose coefficients are known beforehand: a panel in one call, beside the same by blocks."""
+"""Native rows that are swept and sampled a panel in one call, beside the same by blocks."""
 
 import math
 
@@ -6,41 +6,40 @@ import pytest
 import torch
 from native_support import block
 
+import aapo_fast as af
 from aapo_fast.ops import native
-from aapo_fast.ops.linear_policy import rows_native
+from aapo_fast.ops.linear_policy import chunked, rows_native
 from aapo_fast.ops.linear_policy.rows_native import NativeRows
-from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, Transform, finish
+from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, RowStatistics, Transform, finish
 
 if native.why_not() is not None:
     pytest.skip(native.describe(), allow_module_level=True)
 
 
-def by_blocks(products, targets, weights, index, transform, threshold, uniforms, block_rows):
-    """As ``NativeRows.sparse_sweeps``, by the methods that take a block at a time."""
+def by_blocks(products, targets, wanted, transform, threshold, uniforms, block_rows):
+    """The statistics, the entries and the blocks to be dense by the methods that take a block at a time."""
     kernels, parts, full = NativeRows(products, sparse=True), [], []
     entries = [Entries(torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32), torch.empty(0))]
     kernels._tiles = torch.empty(block_rows, kernels._tiles.shape[1])
     for first in range(0, len(products), block_rows):
         rows = slice(first, min(first + block_rows, len(products)))
         x, t, how = products[rows], targets[rows], transform.of(rows)
-        parts.append(kernels.statistics(x, t, how))
-        wanted = Coefficients(weights[index[rows]].where(t >= 0, 0.0))
-        given = (x, t, finish(parts[-1]), wanted, how)
+        parts.append(finish(kernels.statistics(x, t, how)))
+        given = (x, t, parts[-1], wanted.of(rows), how)
         found = kernels.sparse_gradient(*given, threshold, uniforms[rows])()
         if found is None:
             full.append(rows)
-            kernels.gradient(*given, x)
         else:
             entries.append(Entries(found.row + first, *found[1:]))
-    partials = [torch.cat(columns) for columns in zip(*parts, strict=True)]
-    return partials, Entries(*(torch.cat(columns) for columns in zip(*entries, strict=True))), full
+    stats = RowStatistics(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    return stats, Entries(*(torch.cat(columns) for columns in zip(*entries, strict=True))), full
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("block_rows", [1, 4, 9, 23, 40])
-@pytest.mark.parametrize("kind", ["plain", "capped", "one temperature a row"])
+@pytest.mark.parametrize("kind", ["plain", "capped", "one temperature a row", "of all three"])
 def test_all_blocks_in_one_launch(level, kind, block_rows, threads, monkeypatch):
-    """The bits that blocks have one by one; flat blocks dense; one row is poisoned, one has no weight."""
+    """The bits that blocks have one by one; flat blocks dense; one row is poisoned, of others nothing is wanted."""
     monkeypatch.setattr(rows_native, "DENSE_SHARE", 0.14)
     products, targets = block(2100, rows=23, offset=1, padding=3)
     products[3:9] *= 0.1  # flat rows, together and apart
@@ -49,22 +48,80 @@ def test_all_blocks_in_one_launch(level, kind, block_rows, threads, monkeypatch)
     targets[11] = -1
     temperatures = torch.linspace(0.6, 1.4, 23)
     transform = {"plain": Transform(0.9), "capped": Transform(0.9, 30.0, 1.1)}.get(kind, Transform(temperatures))
-    weights, index = torch.tensor([1.0, -0.5, 0.8, 0.0]), torch.arange(23) % 3
-    index[13] = 3
-    given = (targets, weights, index, transform, 2**-9, torch.linspace(0, 0.99, 23))
+    on_logp = torch.tensor([1.0, -0.5, 0.8])[torch.arange(23) % 3]
+    on_logp[[11, 13]] = 0
+    wanted = Coefficients(on_logp)
+    if kind == "of all three":
+        wanted = Coefficients(on_logp, 0.3 * on_logp, -0.2 * on_logp)
+    live = wanted.live()
+    uniforms = torch.linspace(0, 0.99, 23)
     one_by_one, before = products.clone(), torch.get_num_threads()
-    partials, entries, full = by_blocks(one_by_one, *given, min(block_rows, 23))
+    truth, entries, full = by_blocks(one_by_one, targets, wanted, transform, 2**-9, uniforms, min(block_rows, 23))
     kernels = NativeRows(products, sparse=True)
     kernels.block_rows = block_rows
     kernels._tiles = torch.full((block_rows, kernels._tiles.shape[1]), math.nan)
     try:
         torch.set_num_threads(threads)
-        ours, found, dense_blocks = kernels.sparse_sweeps(products, *given)
+        partials, sampled = kernels.sparse_sweeps(products, targets, transform, live, 2**-9, uniforms)
+        stats = finish(partials)
+        found = sampled.entries(stats, wanted)
     finally:
         torch.set_num_threads(before)
     # Found row by row, by the first of four, at the end of nine, and not at all.
-    assert dense_blocks == full and len(full) == {1: 7, 4: 2, 9: 1}.get(block_rows, 0)
-    for a, b in zip([*ours, *found], [*partials, *entries], strict=True):
+    assert sampled.dense == full and len(full) == {1: 7, 4: 2, 9: 1}.get(block_rows, 0)
+    for a, b in zip([*stats, *found, products], [*truth, *entries, one_by_one], strict=True):
         assert torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0))
-    for rows in full:
-        assert torch.equal(products[rows].nan_to_num(nan=7.0), one_by_one[rows].nan_to_num(nan=7.0))
+
+
+def test_rows_that_the_loss_turns_out_to_want_nothing_of(level):
+    """As a clipped ratio's: sampled, and without entries."""
+    products, targets = block(2100, rows=8)
+    uniforms, on_logp = torch.linspace(0, 0.99, 8), torch.tensor([1.0, 0, -0.5, 0, 0, 2.0, 0.3, 0])
+    partials, sampled = NativeRows(products, sparse=True).sparse_sweeps(
+        products, targets, Transform(), torch.ones(8, dtype=torch.bool), 2**-9, uniforms
+    )
+    stats = finish(partials)
+    entries, every = (sampled.entries(stats, Coefficients(a)) for a in (on_logp, torch.ones(8)))
+    assert set(every.row.tolist()) == set(range(8)) and set(entries.row.tolist()) == {0, 2, 5, 6}
+    kept = (on_logp != 0)[every.row]
+    assert torch.equal(entries.column, every.column[kept])
+    assert torch.allclose(entries.value, every.value[kept] * on_logp[every.row[kept]], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("kind", ["of the log-probability", "of all three", "in the backward"])
+def test_a_whole_pass_by_either_road(kind, softcap, monkeypatch):
+    """Flat and peaked blocks in a panel, whatever the coefficients follow from: the same bits a block at a time."""
+    monkeypatch.setattr(rows_native, "even_parts", lambda *_: 6)  # rows of a block
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(40, 16, generator=g), torch.randn(3000, 16, generator=g)
+    hidden[6:14] *= 0.05
+    targets, index = torch.randint(3000, (40,), generator=g), torch.arange(40) % 4
+    objective = af.CISPO(torch.tensor([1.0, -0.5, 0.0, 2.0]), index, 40.0, -8 + torch.randn(40, generator=g))
+    regularized = af.Regularized(objective, 40.0, entropy_bonus=0.1, z_loss=0.01)
+    upstream = torch.randn(2, 40, generator=g)
+    options = {"implementation": "native", "backward": "sparse", "sparsity_threshold": 2**-9, "softcap": softcap}
+    num_dense = []
+
+    def gradients():
+        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if kind == "in the backward":
+            made = af.linear_logprobs(x, w, targets, **options)
+            value = (upstream[0] * made.logps + upstream[1] * made.entropy).sum()
+        else:
+            of = objective if kind == "of the log-probability" else regularized
+            value = af.linear_policy_loss(x, w, targets, of, **options).loss
+        value.backward()
+        return x.grad, w.grad
+
+    def sparse_sweeps(kernels, *given, real=NativeRows.sparse_sweeps):
+        partials, sampled = real(kernels, *given)
+        num_dense.append(len(sampled.dense))
+        return partials, sampled
+
+    monkeypatch.setattr(NativeRows, "sparse_sweeps", sparse_sweeps)
+    at_once = gradients()
+    assert len(num_dense) == 1 and 0 < num_dense[0] < 6
+    monkeypatch.setattr(chunked, "SparseLaunch", int)  # which no kernels are
+    one_by_one = gradients()
+    assert len(num_dense) == 1 and all(torch.equal(a, b) for a, b in zip(at_once, one_by_one, strict=True))

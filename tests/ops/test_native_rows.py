@@ -259,8 +259,8 @@ def test_the_same_entries_as_the_torch_sample(level, scale, threshold):
 
 @pytest.mark.usefixtures("sparse_whatever_it_costs")
 def test_rows_longer_than_what_is_listed_at_a_time(level):
-    """Column by column the mean over an even grid of u, in a row of three stretches of 65,536."""
-    grid, threshold, vocab = 64, 2**-9, 150_001
+    """Column by column the mean over an even grid of u, in a row of three stretches of 163,840."""
+    grid, threshold, vocab = 64, 2**-9, 330_001
     row, _ = block(vocab, rows=1, scale=3)
     uniforms = (torch.arange(grid) + 0.5) / grid
     entries = sample(row.expand(grid, -1).contiguous(), threshold, uniforms)
@@ -341,6 +341,6 @@ def test_nothing_at_all(level):
     kernels.gradient(products, targets, rows, wanted, Transform(), products)
     found = kernels.sparse_gradient(products, targets, rows, wanted, Transform(), 2**-7, torch.empty(0))()
     assert [t.shape for t in found] == [(0,)] * 3
-    given = (torch.ones(1), targets, Transform(), 2**-7, torch.empty(0))
-    _, found, full = NativeRows(products, sparse=True).sparse_sweeps(products, targets, *given)
-    assert [t.shape for t in found] == [(0,)] * 3 and full == []
+    given = (Transform(), torch.empty(0, dtype=torch.bool), 2**-7, torch.empty(0))
+    _, sampled = NativeRows(products, sparse=True).sparse_sweeps(products, targets, *given)
+    assert [t.shape for t in sampled.entries(rows, wanted)] == [(0,)] * 3 and sampled.dense == []

@@ -34,6 +34,7 @@ from aapo_fast.ops.linear_policy.statistics import (
     OneLaunch,
     RowKernels,
     RowStatistics,
+    Sampled,
     SparseLaunch,
     SparseProduct,
     Transform,
@@ -129,6 +130,10 @@ class Pass:
         # -inf rules a token out. A large finite number does the same without the NaN of 0 * inf in the entropy.
         self.bias = None if bias is None else bias[:live].to(self.dtype).clamp(min=-1e30)
         self.kernels = _row_kernels(call, self._logits[0], columns)
+        # What does more than sweep 1 at once needs whole rows' statistics, without other ranks.
+        whole = self.kernels if call.shard is None and self.wants_gradient() else None
+        self._one_launch: OneLaunch | None = whole if isinstance(whole, OneLaunch) else None
+        self._sparse_launch: SparseLaunch | None = whole if isinstance(whole, SparseLaunch) else None
         zeros = self._logits[0].new_zeros
         self._d_hidden = zeros(hidden.shape) if wanted[0] else None
         self._d_weight: Tensor | None = None  # made when the first rows are spent on it, with what they make of it
@@ -138,6 +143,7 @@ class Pass:
         self._uniforms = numbers if call.threshold is None else self.kernels.uniforms(call.seed, numbers)
         self._dense_blocks: list[slice] = []
         self._in_flight: deque[_InFlight] = deque()
+        self._sampled: Sampled | None = None
         self._entries: list[tuple[slice, Entries]] = []
         self._pause = self._blocks_to_pass_over = 0
 
@@ -173,7 +179,10 @@ class Pass:
             yield panel, logits
 
     def cut(self, panel: slice, products: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Of each block of a panel the same."""
+        """Of each block of a panel the same. Kernels that sample at once cut it for themselves."""
+        if self._sparse_launch is not None and self._tries_sparse():
+            yield panel, products
+            return
         for first in range(panel.start, panel.stop, self.kernels.block_rows):
             rows = slice(first, min(first + self.kernels.block_rows, panel.stop))
             yield rows, products[rows.start - panel.start : rows.stop - panel.start]
@@ -192,10 +201,16 @@ class Pass:
             self._gradient_rows = made
         return self._gradient_rows[rows.start - self._first_row : rows.stop - self._first_row]
 
-    def sweep(self, rows: slice, products: Tensor) -> RowStatistics:
-        """Sweep 1 of a block."""
+    def sweep(self, rows: slice, products: Tensor, live: Tensor) -> RowStatistics:
+        """Sweep 1 of a block. ``live``: of all M rows, whether a loss may want something of them."""
         self._keep_target_products(rows, products)
         given = (products, self.targets[rows], self.transform.of(rows))
+        if self._sparse_launch is not None and self._tries_sparse():
+            assert self.call.threshold is not None
+            partials, self._sampled = self._sparse_launch.sparse_sweeps(
+                *given, live[rows], self.call.threshold, self._uniforms[rows]
+            )
+            return self.kernels.finish(partials)
         partials = self.kernels.statistics(*given, sparse=self._tries_sparse())
         if self.call.shard is not None:
             return finish(self.call.shard.merged(partials))
@@ -203,24 +218,16 @@ class Pass:
 
     def sweeps_at_once(self) -> bool:
         """Whether one launch may do both sweeps of the next panel, for coefficients that are known beforehand."""
-        kind = SparseLaunch if self._tries_sparse() else OneLaunch
-        return self.call.shard is None and self.wants_gradient() and isinstance(self.kernels, kind)
+        return self._one_launch is not None and not self._tries_sparse()
 
     def sweep_and_spend(self, rows: slice, products: Tensor, linear: LinearWeights) -> RowStatistics:
         """Both sweeps of a panel in one launch. ``linear`` holds one index for each of the M rows."""
-        sparse = self._tries_sparse()  # as ``sweeps_at_once`` has seen it: what lands may end a pause
+        assert self._one_launch is not None
         self._keep_target_products(rows, products)
         self._land_all()
         given = (products, self.targets[rows], linear.weights, linear.sequence_index[rows], self.transform.of(rows))
-        if sparse:
-            assert isinstance(self.kernels, SparseLaunch) and self.call.threshold is not None and self._in_place
-            partials, entries, dense = self.kernels.sparse_sweeps(*given, self.call.threshold, self._uniforms[rows])
-            self._entries.append((rows, entries))
-            self._dense_blocks += [slice(rows.start + block.start, rows.start + block.stop) for block in dense]
-        else:
-            assert isinstance(self.kernels, OneLaunch)
-            partials = self.kernels.both_sweeps(*given, self._gradient_rows_of(rows))
-            self._add_dense(rows)
+        partials = self._one_launch.both_sweeps(*given, self._gradient_rows_of(rows))
+        self._add_dense(rows)
         return self.kernels.finish(partials)
 
     def wants_gradient(self) -> bool:
@@ -229,6 +236,10 @@ class Pass:
     def spend(self, rows: slice, products: Tensor, stats: RowStatistics, wanted: Coefficients) -> None:
         """Sweep 2 of a block: sparse gradient rows are kept for the end, dense ones for the end of the chunk."""
         sweep = (products, self.targets[rows], stats, wanted, self.transform.of(rows))
+        if self._sampled is not None:
+            self._spend_sampled(rows, products, stats, wanted, self._sampled)
+            self._sampled = None
+            return
         if not self._tries_sparse():
             self._land_all()
             self.kernels.gradient(*sweep, self._gradient_rows_of(rows))
@@ -239,6 +250,16 @@ class Pass:
         self._in_flight.append(_InFlight(rows, sweep, entries))
         while len(self._in_flight) >= len(self._logits):
             self._land()
+
+    def _spend_sampled(
+        self, panel: slice, products: Tensor, stats: RowStatistics, wanted: Coefficients, sampled: Sampled
+    ) -> None:
+        self._entries.append((panel, sampled.entries(stats, wanted)))
+        for block in _joined(sampled.dense):
+            rows = slice(panel.start + block.start, panel.start + block.stop)
+            sweep = (products[block], self.targets[rows], stats.of(block), wanted.of(block), self.transform.of(rows))
+            self.kernels.gradient(*sweep, self._gradient_rows_of(rows))
+            self._dense_blocks.append(rows)
 
     def _land_all(self) -> None:
         """Before dense rows take a place, and before a buffer of logits is used again."""

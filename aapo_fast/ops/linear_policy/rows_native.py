@@ -5,7 +5,8 @@ Letters: C rows of a block, V vocabulary, T tiles of a row, E entries.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from aapo_fast.ops.linear_policy.statistics import (
     Entries,
     Partials,
     RowStatistics,
+    Sampled,
     Transform,
     at_once,
     finish,
@@ -36,6 +38,17 @@ TILE, PANEL = 64, 1024
 DENSE_SHARE = 0.08
 """From this share of the vocabulary on, sparse products cost more than dense ones. Measured on two cores it is 0.11
 (docs/LOG.md); the rest is kept in hand for processors that compute more for each byte they read."""
+
+
+class _Found(NamedTuple):
+    """Entries of C rows: (C, capacity) columns and probabilities, of which row r has the first ``starts[r + 1] -
+    starts[r]``; and of each block whether it is to be dense.
+    """
+
+    column: Tensor
+    p: Tensor
+    starts: Tensor
+    dense: Tensor
 
 
 class NativeRows:
@@ -62,7 +75,7 @@ class NativeRows:
         self.block_rows = even_parts(rows, fit)
         kept = 2 * -(-vocab // TILE) + -(-vocab // PANEL)
         self._tiles = chunk.new_empty(self.block_rows, kept) if sparse else None
-        self._found: tuple[Tensor, Tensor] | None = None
+        self._room: tuple[Tensor, Tensor] | None = None
 
     def statistics(self, products: Tensor, targets: Tensor, transform: Transform, sparse: bool = True) -> Partials:
         partials = products.new_empty(4, products.shape[0])
@@ -90,33 +103,25 @@ class NativeRows:
         self, products: Tensor, targets: Tensor, weights: Tensor, index: Tensor, transform: Transform, out: Tensor
     ) -> Partials:
         partials = products.new_empty(4, products.shape[0])
-        on_logp = _on_logp(weights, index, targets)
+        on_logp = weights.float()[index].where(targets >= 0, 0.0)
         self._run.both_sweeps(*_block(products, targets, transform), on_logp, partials, self._level)
         _move(products, out)
         return Partials(*partials)
 
     def sparse_sweeps(
-        self,
-        products: Tensor,
-        targets: Tensor,
-        weights: Tensor,
-        index: Tensor,
-        transform: Transform,
-        threshold: float,
-        uniforms: Tensor,
-    ) -> tuple[Partials, Entries, list[slice]]:
+        self, products: Tensor, targets: Tensor, transform: Transform, live: Tensor, threshold: float, uniforms: Tensor
+    ) -> tuple[Partials, Sampled]:
         assert self._tiles is not None, "made without sparse=True"
         num_rows, vocab = products.shape
-        partials = products.new_empty(4, num_rows)
-        found = self._room(num_rows, min(vocab, int(1 / threshold) + 2))
-        starts, dense = targets.new_empty(num_rows + 1), targets.new_empty(-(-num_rows // self.block_rows))
+        partials, given = products.new_empty(4, num_rows), _block(products, targets, transform)
+        found = self._found(num_rows, vocab, threshold, blocks=-(-num_rows // self.block_rows))
         self._run.sparse_sweeps(
-            *_block(products, targets, transform), _on_logp(weights, index, targets), partials, self._tiles,
-            uniforms.contiguous(), threshold, DENSE_SHARE * vocab, *found, starts, dense, self._level,
+            *given, live.contiguous(), partials, self._tiles, uniforms.contiguous(), threshold, DENSE_SHARE * vocab,
+            *found, self._level,
         )  # fmt: skip
-        firsts = (dense.nonzero().squeeze(1) * self.block_rows).tolist()
+        firsts = (found.dense.nonzero().squeeze(1) * self.block_rows).tolist()
         blocks = [slice(first, min(first + self.block_rows, num_rows)) for first in firsts]
-        return Partials(*partials), self._packed(found, starts), blocks
+        return Partials(*partials), Sampled(blocks, functools.partial(self._packed, given, found))
 
     def uniforms(self, seed: int, rows: Tensor) -> Tensor:
         return row_uniforms(seed, rows)
@@ -133,27 +138,32 @@ class NativeRows:
         uniforms: Tensor,
     ) -> Entries | None:
         assert self._tiles is not None, "made without sparse=True"
-        num_rows = products.shape[0]
-        found = self._room(num_rows, min(products.shape[1], int(1 / threshold) + 2))
-        starts = targets.new_empty(num_rows + 1)
+        num_rows, vocab = products.shape
+        given, found = _block(products, targets, transform), self._found(num_rows, vocab, threshold, blocks=1)
         self._run.sample_entries(
-            *_block(products, targets, transform), *_wanted(rows, wanted), self._tiles, uniforms.contiguous(),
-            threshold, DENSE_SHARE * products.numel(), *found, starts, self._level,
+            *given, rows.row_max, rows.total, wanted.live(), self._tiles, uniforms.contiguous(), threshold,
+            DENSE_SHARE * products.numel(), *found, self._level,
         )  # fmt: skip
-        return self._packed(found, starts) if starts[-1] >= 0 else None
+        return None if found.dense[0] else self._packed(given, found, rows, wanted)
 
-    def _packed(self, found: tuple[Tensor, Tensor], starts: Tensor) -> Entries:
-        row, column, value = torch.empty(3, int(starts[-1]), dtype=torch.int32, device="cpu")
-        entries = Entries(row, column, value.view(torch.float32))
-        self._run.pack_entries(*found, starts, *entries)
-        return entries
+    def _found(self, num_rows: int, vocab: int, threshold: float, blocks: int) -> _Found:
+        """What is found goes to the same memory for every block or panel. Little of it is ever touched."""
+        capacity = min(vocab, int(1 / threshold) + 2)
+        if self._room is None or self._room[0].shape[0] < num_rows or self._room[0].shape[1] != capacity:
+            column = torch.empty(num_rows, capacity, dtype=torch.int32, device="cpu")
+            self._room = column, torch.empty_like(column, dtype=torch.float32)
+        starts, dense = (torch.empty(n, dtype=torch.int64, device="cpu") for n in (num_rows + 1, blocks))
+        return _Found(*self._room, starts, dense)
 
-    def _room(self, num_rows: int, capacity: int) -> tuple[Tensor, Tensor]:
-        """(C, capacity) columns and values, the same memory for every block or panel. Little of it is ever touched."""
-        if self._found is None or self._found[0].shape[0] < num_rows or self._found[0].shape[1] != capacity:
-            columns = torch.empty(num_rows, capacity, dtype=torch.int32, device="cpu")
-            self._found = columns, torch.empty_like(columns, dtype=torch.float32)
-        return self._found
+    def _packed(self, given: tuple[Any, ...], found: _Found, rows: RowStatistics, wanted: Coefficients) -> Entries:
+        """``given``: what all sweeps begin with."""
+        most = int(found.starts[-1])  # and fewer where rows turn out to be of no weight
+        row, column, value = torch.empty(3, most, dtype=torch.int32, device="cpu")
+        entries, count = Entries(row, column, value.view(torch.float32)), found.starts.new_empty(1)
+        self._run.pack_entries(
+            *given, *_wanted(rows, wanted), found.column, found.p, found.starts, *entries, count, self._level
+        )
+        return entries if count == most else Entries(*(part[: int(count)] for part in entries))
 
     def add_times_weight(self, entries: Entries, weight: Tensor, out: Tensor) -> None:
         self._run.add_times_weight(*_compact(entries), _rows_contiguous(weight), out, self._level)
@@ -174,11 +184,6 @@ def _block(products: Tensor, targets: Tensor, transform: Transform) -> tuple[Any
     row_temperature = t.float().contiguous() if isinstance(t, Tensor) else products.new_full(targets.shape, float(t))
     softcap = None if transform.softcap is None else float(transform.softcap)
     return products, targets.contiguous(), row_temperature, float(transform.scale), softcap
-
-
-def _on_logp(weights: Tensor, index: Tensor, targets: Tensor) -> Tensor:
-    """(C,) known derivatives by the log-probability, zero without a target."""
-    return weights.float()[index].where(targets >= 0, 0.0)
 
 
 def _wanted(rows: RowStatistics, wanted: Coefficients) -> tuple[Tensor | None, ...]:

@@ -46,7 +46,7 @@ def _visit(work: Pass, objective: Objective, counts: Tensor) -> tuple[RowStatist
     coefficients: list[Coefficients] = [Coefficients(found[0].logps)]
     for chunk in work.chunks():
         for rows, products in work.blocks(chunk):
-            stats = work.sweep(rows, products)
+            stats = work.sweep(rows, products, counts)
             block_loss, wanted = _differentiate(objective, stats, work.numbers[rows], counts[rows])
             if work.wants_gradient():
                 work.spend(rows, products, stats, wanted)
@@ -64,6 +64,7 @@ def _visit_with_known_weights(work: Pass, linear: LinearWeights, counts: Tensor)
     index = linear.sequence_index[work.numbers].where(counts, none)
     linear = LinearWeights(torch.cat([linear.weights.to(work.dtype), work.no_weight]), index)
     wanted = Coefficients(linear.weights[index])
+    live = wanted.live()
     found: list[RowStatistics] = [no_rows(work.dtype, work.hidden.device)]
     for chunk in work.chunks():
         for panel, products in work.panels(chunk):
@@ -71,7 +72,7 @@ def _visit_with_known_weights(work: Pass, linear: LinearWeights, counts: Tensor)
                 found.append(work.sweep_and_spend(panel, products, linear))
                 continue
             for rows, part in work.cut(panel, products):
-                found.append(work.sweep(rows, part))
+                found.append(work.sweep(rows, part, live))
                 if work.wants_gradient():
                     work.spend(rows, part, found[-1], wanted.of(rows))
         work.end_chunk()
@@ -120,7 +121,7 @@ def statistics(work: Pass) -> tuple[Tensor, Tensor, Tensor]:
     """(M,) log-probabilities, entropies and log-sum-exps; zero in rows without a target."""
     found: list[RowStatistics] = [no_rows(work.dtype, work.hidden.device)]
     for chunk in work.chunks():
-        found += [work.sweep(rows, products) for rows, products in work.blocks(chunk)]
+        found += [work.sweep(rows, products, work.has_target) for rows, products in work.blocks(chunk)]
     logps, entropy, logsumexp = (values.where(work.has_target, 0.0) for values in joined(found)[:3])
     return logps, entropy, logsumexp
 
@@ -131,10 +132,11 @@ def gradients(work: Pass, upstream: Sequence[Tensor | None]) -> Gradients:
     if d_logps is None:
         d_logps = torch.zeros(work.targets.shape, dtype=work.dtype, device=work.hidden.device)
     wanted = Coefficients(d_logps, *others)
+    live = wanted.live()
     found: list[RowStatistics] = [no_rows(work.dtype, work.hidden.device)]
     for chunk in work.chunks():
         for rows, products in work.blocks(chunk):
-            found.append(work.sweep(rows, products))
+            found.append(work.sweep(rows, products, live))
             work.spend(rows, products, found[-1], wanted.of(rows))
         work.end_chunk()
     return work.end(joined(found), wanted)

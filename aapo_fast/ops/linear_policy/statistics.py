@@ -77,6 +77,10 @@ class RowStatistics(NamedTuple):
     total: Tensor
     others: Tensor
 
+    def of(self, rows: slice) -> RowStatistics:
+        """Those of some of the rows."""
+        return RowStatistics(*(statistic[rows] for statistic in self))
+
 
 class Coefficients(NamedTuple):
     """What the objective wants of each row: d loss / d each statistic, (C,); None where it uses none."""
@@ -84,6 +88,11 @@ class Coefficients(NamedTuple):
     logps: Tensor
     entropy: Tensor | None = None
     logsumexp: Tensor | None = None
+
+    def live(self) -> Tensor:
+        """(C,) bool: whether the loss wants anything of a row; NaN is something."""
+        first, *others = (d != 0 for d in self if d is not None)
+        return functools.reduce(torch.logical_or, others, first)
 
     def of(self, rows: slice) -> Coefficients:
         """Those of some of the rows."""
@@ -187,15 +196,29 @@ class OneLaunch(Protocol):
         """Sweeps 1 and 2 with ``weights[index]`` as d loss / d logp; rows with target -1 give zeros."""
 
 
+class Sampled(NamedTuple):
+    """Rows whose entries are found, and not yet what the loss wants of them.
+
+    Attributes:
+        dense: blocks for which dense rows are cheaper: theirs come from ``RowKernels.gradient``.
+        entries: those of the others, from the statistics and coefficients of all; ``products`` must be left alone until
+            then.
+    """
+
+    dense: list[slice]
+    entries: Callable[[RowStatistics, Coefficients], Entries]
+
+
 @runtime_checkable
 class SparseLaunch(Protocol):
-    """The same for sparse rows, of any number of blocks at once."""
+    """Row kernels that sweep and sample any number of blocks at once: which entries a row has depends on its
+    probabilities alone.
+    """
 
     def sparse_sweeps(
-        self, products: Tensor, targets: Tensor, weights: Tensor, index: Tensor, transform: Transform,
-        threshold: float, uniforms: Tensor,
-    ) -> tuple[Partials, Entries, list[slice]]:  # fmt: skip
-        """Sweep 1, entries, and the blocks for which dense rows are cheaper: theirs are in place of ``products``."""
+        self, products: Tensor, targets: Tensor, transform: Transform, live: Tensor, threshold: float, uniforms: Tensor
+    ) -> tuple[Partials, Sampled]:
+        """Sweep 1 and the sample. ``live``: (C,) bool, rows of which the loss may want something."""
 
 
 @runtime_checkable
