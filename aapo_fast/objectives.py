@@ -1,7 +1,7 @@
 """Token-local objectives: the loss of one token as a function of that token's own log-probability.
 
 An objective is any callable that maps ``Tokens`` (vectors over the C rows of a chunk) to C losses; the total loss is
-their sum. The fused pass calls it block by block, or once where ``linear`` says enough, and takes the gradient
+their sum. The fused pass calls it part by part, or once where ``linear`` says enough, and takes the gradient
 coefficients from autograd on these vectors,
 so a new objective is one small function and no kernel knows its name:
 

@@ -94,7 +94,8 @@ void sample_entries(const Tensor &products, const Tensor &targets, const Tensor 
     k.sample(block, chances, kept, sample, found, begin, end);
   });
   *vector_of<int64_t>(dense, 1, "dense") = !looked.sparse;
-  to_starts(found, n);
+  if (looked.sparse)
+    to_starts(found, n);
 }
 
 // Sweep 1 and entries of a panel at once, as blocks.h has it: a block is as many rows as `tiles` has. Entries as above;
@@ -141,8 +142,12 @@ void pack_entries(const Tensor &products, const Tensor &targets, const Tensor &t
   STD_TORCH_CHECK(fits, "aapo_fast_native: starts must ascend from 0 to the number of entries, and a row hold ",
                   found.capacity, " at most");
   std::vector<int64_t> places{0};
-  for (int64_t r = 0; r < n; ++r)
-    places.push_back(places.back() + (wants(w, r) ? slots[r + 1] - slots[r] : 0));
+  for (int64_t r = 0; r < n; ++r) {
+    const int64_t count_of_row = wants(w, r) ? slots[r + 1] - slots[r] : 0;
+    STD_TORCH_CHECK(all_below(found.column + r * found.capacity, count_of_row, block.vocab),
+                    "aapo_fast_native: an entry lies outside the ", block.vocab, " columns");
+    places.push_back(places.back() + count_of_row);
+  }
   const Packed packed{places.data(), vector_of<int32_t>(row, room, "row"), vector_of<int32_t>(column, room, "column"),
                       vector_of<float>(value, room, "value")};
   *vector_of<int64_t>(count, 1, "count") = places.back();

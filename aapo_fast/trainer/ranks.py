@@ -37,8 +37,9 @@ TIME_LIMIT = timedelta(minutes=30)
 """Longest that ranks wait for each other: for the slowest one's rollout, or for the first to write a checkpoint."""
 
 LETTING_GO_SECONDS = 0.2
-"""A thread of gloo's that has yet to let go of its last tensor, when Python ends, aborts the process. Those threads
-outlive ``destroy_process_group`` (torch 2.13), and want the lock of Python's interpreter for a moment.
+"""How long a rank that has left the group waits before Python may end. A thread of gloo's that has yet to let go of its
+last tensor would abort the process: those threads outlive ``destroy_process_group`` (torch 2.13), and want the lock of
+Python's interpreter for a moment.
 """
 
 

@@ -164,6 +164,9 @@ def test_what_operators_refuse():
     for wrong in ([0, 2, 1, 2], [0, 1, 1, 1], [1, 1, 1, 2], [0, 0, 2, 2]):
         with pytest.raises(RuntimeError, match="starts must ascend"):
             run_.pack_entries(*rows, column[:, :1].clone(), p[:, :1].clone(), torch.tensor(wrong), *packed, 0)
+    for column_of_one in (-1, 70):
+        with pytest.raises(RuntimeError, match="an entry lies outside the 70 columns"):
+            run_.pack_entries(*rows, torch.full_like(column, column_of_one), p, starts, *packed, 0)
     with pytest.raises(RuntimeError, match="room for 3 rows"):
         run_.pack_entries(*rows, column[:2], p[:2], starts, *packed, 0)
     products, *rest = operator_calls()["statistics"]

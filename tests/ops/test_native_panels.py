@@ -88,40 +88,63 @@ def test_rows_that_the_loss_turns_out_to_want_nothing_of(level):
     assert torch.allclose(entries.value, every.value[kept] * on_logp[every.row[kept]], rtol=1e-6, atol=0)
 
 
+def losses_of(targets, logps):
+    """Losses of hidden states and weight, by what their coefficients follow from."""
+    g = torch.Generator().manual_seed(2)
+    n = len(targets)
+    advantages, index = torch.tensor([1.0, -0.5, 0.0, 2.0]), torch.arange(n) % 4
+    old = logps + torch.randn(n, generator=g)
+    old[6:12] = logps[6:12]  # rows that are clipped count in the choice between sparse and dense, and these should stay
+    grpo = af.GRPO(advantages, index, float(n), old)
+    cispo = af.CISPO(advantages, index, float(n), old)
+    objectives = {
+        "some clipped": grpo,
+        "of the log-probability": cispo,
+        "of all three": af.Regularized(cispo, float(n), entropy_bonus=0.1, z_loss=0.01),
+    }
+    upstream = torch.randn(2, n, generator=g)
+
+    def in_the_backward(x, w, **options):
+        made = af.linear_logprobs(x, w, targets, **options)
+        return (upstream[0] * made.logps + upstream[1] * made.entropy).sum()
+
+    def loss_of(objective):
+        return lambda x, w, **options: af.linear_policy_loss(x, w, targets, objective, all_logps=True, **options).loss
+
+    return {name: loss_of(objective) for name, objective in objectives.items()} | {"in the backward": in_the_backward}
+
+
 @pytest.mark.parametrize("softcap", [None, 20.0])
-@pytest.mark.parametrize("kind", ["of the log-probability", "of all three", "in the backward"])
+@pytest.mark.parametrize("kind", ["some clipped", "of the log-probability", "of all three", "in the backward"])
 def test_a_whole_pass_by_either_road(kind, softcap, monkeypatch):
     """Flat and peaked blocks in a panel, whatever the coefficients follow from: the same bits a block at a time."""
     monkeypatch.setattr(rows_native, "even_parts", lambda *_: 6)  # rows of a block
     g = torch.Generator().manual_seed(1)
     hidden, weight = torch.randn(40, 16, generator=g), torch.randn(3000, 16, generator=g)
-    hidden[6:14] *= 0.05
-    targets, index = torch.randint(3000, (40,), generator=g), torch.arange(40) % 4
-    objective = af.CISPO(torch.tensor([1.0, -0.5, 0.0, 2.0]), index, 40.0, -8 + torch.randn(40, generator=g))
-    regularized = af.Regularized(objective, 40.0, entropy_bonus=0.1, z_loss=0.01)
-    upstream = torch.randn(2, 40, generator=g)
-    options = {"implementation": "native", "backward": "sparse", "sparsity_threshold": 2**-9, "softcap": softcap}
-    num_dense = []
+    hidden[6:12] *= 0.05
+    targets = torch.randint(3000, (40,), generator=g)
+    loss = losses_of(targets, af.linear_logprobs(hidden, weight, targets, softcap=softcap).logps)[kind]
+    dense, unwanted = [], []
 
     def gradients():
         x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        if kind == "in the backward":
-            made = af.linear_logprobs(x, w, targets, **options)
-            value = (upstream[0] * made.logps + upstream[1] * made.entropy).sum()
-        else:
-            of = objective if kind == "of the log-probability" else regularized
-            value = af.linear_policy_loss(x, w, targets, of, **options).loss
-        value.backward()
+        options = {"implementation": "native", "backward": "sparse", "sparsity_threshold": 2**-9, "softcap": softcap}
+        loss(x, w, **options).backward()
         return x.grad, w.grad
 
-    def sparse_sweeps(kernels, *given, real=NativeRows.sparse_sweeps):
-        partials, sampled = real(kernels, *given)
-        num_dense.append(len(sampled.dense))
-        return partials, sampled
+    def sparse_sweeps(kernels, products, targets, transform, live, *given, real=NativeRows.sparse_sweeps):
+        partials, sampled = real(kernels, products, targets, transform, live, *given)
+        dense.append(sampled.dense)
+
+        def entries(rows, wanted):
+            unwanted.append((live & ~wanted.live()).sum().item())
+            return sampled.entries(rows, wanted)
+
+        return partials, sampled._replace(entries=entries)
 
     monkeypatch.setattr(NativeRows, "sparse_sweeps", sparse_sweeps)
     at_once = gradients()
-    assert len(num_dense) == 1 and 0 < num_dense[0] < 6
+    assert dense == [[slice(6, 12)]] and (unwanted[0] > 0) == (kind == "some clipped")
     monkeypatch.setattr(chunked, "SparseLaunch", int)  # which no kernels are
     one_by_one = gradients()
-    assert len(num_dense) == 1 and all(torch.equal(a, b) for a, b in zip(at_once, one_by_one, strict=True))
+    assert len(dense) == 1 and all(torch.equal(a, b) for a, b in zip(at_once, one_by_one, strict=True))

@@ -15,6 +15,7 @@ from torch import nn
 import aapo_fast as af
 from aapo_fast.ops import native
 from aapo_fast.ops.linear_policy import rows_native, rows_torch
+from aapo_fast.ops.linear_policy.rows_native import NativeRows
 from aapo_fast.ops.linear_policy.statistics import Partials, finish, merge
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
@@ -98,6 +99,14 @@ def test_sparse_rows_that_are_empty_on_one_shard():
 
 def _native_rows(rank, dense_share):
     rows_native.DENSE_SHARE = dense_share
+    real, were_dense = NativeRows.sparse_gradient, []
+
+    def sparse_gradient(*given):
+        found = real(*given)()
+        were_dense.append(found is None)
+        return lambda: found
+
+    NativeRows.sparse_gradient = sparse_gradient
     hidden, weight, targets, bias = problem(23, 8, 2101, bias=True)
     advantages, index = sequences(23)
     objective = af.Regularized(af.GRPO(advantages, index, 23.0), 23.0, entropy_bonus=0.02)
@@ -109,6 +118,7 @@ def _native_rows(rank, dense_share):
     ours, (pdx, pdw, pdb) = run("native", (single[0], mine[0], targets, mine[1]), objective, **options)
     for a, b in ((ours.loss, truth.loss), (pdx, dx), (pdw, _part(dw, rank)), (pdb, _part(db, rank))):
         assert relative(a.double(), b) < 3e-6
+    assert were_dense and all(dense == (dense_share < 1) for dense in were_dense)
 
 
 @pytest.mark.skipif(native.why_not() is not None, reason=native.describe())

@@ -179,7 +179,7 @@ class Pass:
             yield panel, logits
 
     def cut(self, panel: slice, products: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Of each block of a panel the same. Kernels that sample at once cut it for themselves."""
+        """Of each block of a panel the same; the panel, for kernels that sample at once and cut it for themselves."""
         if self._sparse_launch is not None and self._tries_sparse():
             yield panel, products
             return
@@ -202,7 +202,9 @@ class Pass:
         return self._gradient_rows[rows.start - self._first_row : rows.stop - self._first_row]
 
     def sweep(self, rows: slice, products: Tensor, live: Tensor) -> RowStatistics:
-        """Sweep 1 of a block. ``live``: of all M rows, whether a loss may want something of them."""
+        """Sweep 1 of what ``cut`` gives, and the sample where that is one launch. ``live``: of all M rows, whether the
+        loss may want something of them.
+        """
         self._keep_target_products(rows, products)
         given = (products, self.targets[rows], self.transform.of(rows))
         if self._sparse_launch is not None and self._tries_sparse():

@@ -27,7 +27,8 @@ from aapo_fast.ops.linear_policy.statistics import (
 from aapo_fast.ops.linear_policy.uniforms import row_uniforms
 
 BLOCK_BYTES = 16 * 2**20
-"""Size of a block: what the second sweep reads again should still be in the cache that the cores share."""
+"""Size of a block: what a second sweep reads again should still be in the cache that the cores share. Of sparse rows it
+is what is sparse or dense together."""
 
 ROWS_A_THREAD = 8
 """Rows that a block has at least for each thread: an eighth of them, which is sampled first, is then one for each."""
@@ -56,7 +57,7 @@ class NativeRows:
 
     Args:
         chunk: the (C, V) buffer that blocks are views of.
-        sparse: keep of each tile what ``sparse_gradient`` needs.
+        sparse: keep of each tile what the sample needs.
         columns: by which rows are cut into blocks: V, or what shards of unequal V have agreed on.
 
     Raises:

@@ -64,7 +64,6 @@ def _visit_with_known_weights(work: Pass, linear: LinearWeights, counts: Tensor)
     index = linear.sequence_index[work.numbers].where(counts, none)
     linear = LinearWeights(torch.cat([linear.weights.to(work.dtype), work.no_weight]), index)
     wanted = Coefficients(linear.weights[index])
-    live = wanted.live()
     found: list[RowStatistics] = [no_rows(work.dtype, work.hidden.device)]
     for chunk in work.chunks():
         for panel, products in work.panels(chunk):
@@ -72,7 +71,7 @@ def _visit_with_known_weights(work: Pass, linear: LinearWeights, counts: Tensor)
                 found.append(work.sweep_and_spend(panel, products, linear))
                 continue
             for rows, part in work.cut(panel, products):
-                found.append(work.sweep(rows, part, live))
+                found.append(work.sweep(rows, part, counts))
                 if work.wants_gradient():
                     work.spend(rows, part, found[-1], wanted.of(rows))
         work.end_chunk()

@@ -141,8 +141,9 @@ class RowKernels(Protocol):
 
     def gradient(self, products: Tensor, targets: Tensor, rows: RowStatistics, wanted: Coefficients,
                  transform: Transform, out: Tensor) -> None:  # fmt: skip
-        """Sweep 2: (C, V) d loss / d products into ``out``. Of the block that ``statistics`` saw last, or, for kernels
-        whose blocks wait for their entries (Triton's), of any whose products are still there.
+        """Sweep 2: (C, V) d loss / d products into ``out``. Of the block that ``statistics`` saw last, of any rows of
+        the panel that ``sparse_sweeps`` saw last, or, for kernels whose blocks wait for their entries (Triton's), of
+        any whose products are still there.
 
         Zero at the target, whose entry is ``targets.gradient``. ``out`` is ``products`` itself, or a buffer in a
         narrower dtype.
@@ -201,8 +202,8 @@ class Sampled(NamedTuple):
 
     Attributes:
         dense: blocks for which dense rows are cheaper: theirs come from ``RowKernels.gradient``.
-        entries: those of the others, from the statistics and coefficients of all; ``products`` must be left alone until
-            then.
+        entries: those of the others, from the statistics and coefficients of all. To be called before the next panel is
+            swept; ``products`` must be left alone until then.
     """
 
     dense: list[slice]
