@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import time
 import warnings
 
 import torch
@@ -34,3 +35,4 @@ def main(folder, model):
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     main(*sys.argv[1:])
+    time.sleep(0.2)  # a thread of gloo that has yet to let go of the last tensor would abort the process at its end
