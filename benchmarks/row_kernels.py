@@ -10,9 +10,9 @@ Floors are PyTorch's own loops over the same data, and the larger of the two cou
 Of sparse rows: reading the tile sums, then gathering the tiles that hold an entry, with one exponential for each of
 their numbers. "Sweep 1 and sample" is both in one launch, and what the loss wants of the entries put in afterwards, as
 sparse rows have it; "sample, apart" is what rows have whose vocabulary is cut up among processes, which tell each other
-of sweep 1 before it. Sweep 2 and both sweeps are for dense rows. Of sparse products: a
-dot product of as many numbers as there are multiply-adds, from the second cache (two reads each, as the kernel's source
-row and sum), or one gather of the rows of W, or dW, that have an entry.
+of sweep 1 before it. Sweep 2 and both sweeps are for dense rows.
+Of sparse products: a dot product of as many numbers as there are multiply-adds, from the second cache (two reads each,
+as the kernel's source row and sum), or one gather of the rows of W, or dW, that have an entry.
 """
 
 from __future__ import annotations

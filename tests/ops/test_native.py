@@ -159,8 +159,8 @@ def test_what_operators_refuse():
         run_.add_times_weight(torch.tensor([1, 0], dtype=torch.int32), column, value, weight, out, 0)
     with pytest.raises(RuntimeError, match="dense factor must be Float, BFloat16 or Half, not Double"):
         run_.add_times_weight(row, column, value, weight.double(), out, 0)
-    *rows, column, p, starts, _, _, _, _ = operator_calls()["pack_entries"]
-    packed = operator_calls()["pack_entries"][-4:]
+    given = operator_calls()["pack_entries"]
+    (*rows, column, p, starts), packed = given[:-4], given[-4:]
     for wrong in ([0, 2, 1, 2], [0, 1, 1, 1], [1, 1, 1, 2], [0, 0, 2, 2]):
         with pytest.raises(RuntimeError, match="starts must ascend"):
             run_.pack_entries(*rows, column[:, :1].clone(), p[:, :1].clone(), torch.tensor(wrong), *packed, 0)

@@ -24,15 +24,14 @@ from aapo_fast.objectives import LinearWeights
 from aapo_fast.ops.linear_policy import targets as at_targets
 from aapo_fast.ops.linear_policy.memory import aligned
 from aapo_fast.ops.linear_policy.products import Products
-from aapo_fast.ops.linear_policy.rows_torch import TorchRows
+from aapo_fast.ops.linear_policy.rows import row_kernels
 from aapo_fast.ops.linear_policy.sharded import VocabularyShard
-from aapo_fast.ops.linear_policy.sizes import buffer_rows, gpu_budget
+from aapo_fast.ops.linear_policy.sizes import buffer_rows, gpu_budget, joined_slices
 from aapo_fast.ops.linear_policy.statistics import (
     Coefficients,
     Entries,
     LateProducts,
     OneLaunch,
-    RowKernels,
     RowStatistics,
     Sampled,
     SparseLaunch,
@@ -129,7 +128,7 @@ class Pass:
         self.targets = torch.where(self.has_target & (here >= 0) & (here < live), here, -1)
         # -inf rules a token out. A large finite number does the same without the NaN of 0 * inf in the entropy.
         self.bias = None if bias is None else bias[:live].to(self.dtype).clamp(min=-1e30)
-        self.kernels = _row_kernels(call, self._logits[0], columns)
+        self.kernels = row_kernels(call.implementation, self._logits[0], call.threshold is not None, columns)
         # What does more than sweep 1 at once needs whole rows' statistics, without other ranks.
         whole = self.kernels if call.shard is None and self.wants_gradient() else None
         self._one_launch: OneLaunch | None = whole if isinstance(whole, OneLaunch) else None
@@ -180,7 +179,7 @@ class Pass:
 
     def cut(self, panel: slice, products: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Of each block of a panel the same; the panel, for kernels that sample at once and cut it for themselves."""
-        if self._sparse_launch is not None and self._tries_sparse():
+        if self._sampling_launch() is not None:
             yield panel, products
             return
         for first in range(panel.start, panel.stop, self.kernels.block_rows):
@@ -207,11 +206,11 @@ class Pass:
         """
         self._keep_target_products(rows, products)
         given = (products, self.targets[rows], self.transform.of(rows))
-        if self._sparse_launch is not None and self._tries_sparse():
+        launch = self._sampling_launch()
+        if launch is not None:
             assert self.call.threshold is not None
-            partials, self._sampled = self._sparse_launch.sparse_sweeps(
-                *given, live[rows], self.call.threshold, self._uniforms[rows]
-            )
+            sample = (live[rows], self.call.threshold, self._uniforms[rows])
+            partials, self._sampled = launch.sparse_sweeps(*given, *sample)
             return self.kernels.finish(partials)
         partials = self.kernels.statistics(*given, sparse=self._tries_sparse())
         if self.call.shard is not None:
@@ -221,6 +220,10 @@ class Pass:
     def sweeps_at_once(self) -> bool:
         """Whether one launch may do both sweeps of the next panel, for coefficients that are known beforehand."""
         return self._one_launch is not None and not self._tries_sparse()
+
+    def _sampling_launch(self) -> SparseLaunch | None:
+        """What sweeps and samples the next panel at once, if anything does."""
+        return self._sparse_launch if self._tries_sparse() else None
 
     def sweep_and_spend(self, rows: slice, products: Tensor, linear: LinearWeights) -> RowStatistics:
         """Both sweeps of a panel in one launch. ``linear`` holds one index for each of the M rows."""
@@ -257,7 +260,7 @@ class Pass:
         self, panel: slice, products: Tensor, stats: RowStatistics, wanted: Coefficients, sampled: Sampled
     ) -> None:
         self._entries.append((panel, sampled.entries(stats, wanted)))
-        for block in _joined(sampled.dense):
+        for block in joined_slices(sampled.dense):
             rows = slice(panel.start + block.start, panel.start + block.stop)
             sweep = (products[block], self.targets[rows], stats.of(block), wanted.of(block), self.transform.of(rows))
             self.kernels.gradient(*sweep, self._gradient_rows_of(rows))
@@ -314,7 +317,7 @@ class Pass:
             self._flush()
 
     def _spend_dense(self) -> None:
-        for rows in _joined(sorted(self._dense_blocks, key=lambda block: block.start)):
+        for rows in joined_slices(sorted(self._dense_blocks, key=lambda block: block.start)):
             d = self._gradient_rows_of(rows)
             if self._d_hidden is not None:
                 self.products.hidden_gradient(d, self._d_hidden[rows])
@@ -391,29 +394,3 @@ class Pass:
         if self._d_bias is not None:
             ones = value.new_ones(len(value), 1)
             self.kernels.add_targets_transposed_times(value, self.targets, ones, self._d_bias[:, None])
-
-
-def _row_kernels(call: Call, logits: Tensor, columns: int) -> RowKernels:
-    if call.implementation == "triton":
-        from aapo_fast.ops.linear_policy.rows_triton import TritonRows
-
-        return TritonRows(logits, sparse=call.threshold is not None)
-    if call.implementation == "native":
-        from aapo_fast.ops.linear_policy.rows_native import NativeRows
-
-        return NativeRows(logits, sparse=call.threshold is not None, columns=columns)
-    return TorchRows(logits, columns)
-
-
-def _joined(blocks: list[slice]) -> Iterator[slice]:
-    """Neighbouring slices as one."""
-    current: slice | None = None
-    for block in blocks:
-        if current is not None and current.stop == block.start:
-            current = slice(current.start, block.stop)
-            continue
-        if current is not None:
-            yield current
-        current = block
-    if current is not None:
-        yield current

@@ -115,7 +115,7 @@ class NativeRows:
         assert self._tiles is not None, "made without sparse=True"
         num_rows, vocab = products.shape
         partials, given = products.new_empty(4, num_rows), _block(products, targets, transform)
-        found = self._found(num_rows, vocab, threshold, blocks=-(-num_rows // self.block_rows))
+        found = self._room_for(num_rows, vocab, threshold, blocks=-(-num_rows // self.block_rows))
         self._run.sparse_sweeps(
             *given, live.contiguous(), partials, self._tiles, uniforms.contiguous(), threshold, DENSE_SHARE * vocab,
             *found, self._level,
@@ -140,14 +140,14 @@ class NativeRows:
     ) -> Entries | None:
         assert self._tiles is not None, "made without sparse=True"
         num_rows, vocab = products.shape
-        given, found = _block(products, targets, transform), self._found(num_rows, vocab, threshold, blocks=1)
+        given, found = _block(products, targets, transform), self._room_for(num_rows, vocab, threshold, blocks=1)
         self._run.sample_entries(
             *given, rows.row_max, rows.total, wanted.live(), self._tiles, uniforms.contiguous(), threshold,
             DENSE_SHARE * products.numel(), *found, self._level,
         )  # fmt: skip
         return None if found.dense[0] else self._packed(given, found, rows, wanted)
 
-    def _found(self, num_rows: int, vocab: int, threshold: float, blocks: int) -> _Found:
+    def _room_for(self, num_rows: int, vocab: int, threshold: float, blocks: int) -> _Found:
         """What is found goes to the same memory for every block or panel. Little of it is ever touched."""
         capacity = min(vocab, int(1 / threshold) + 2)
         if self._room is None or self._room[0].shape[0] < num_rows or self._room[0].shape[1] != capacity:

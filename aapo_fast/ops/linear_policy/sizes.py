@@ -1,4 +1,4 @@
-"""How many rows are visited at a time: of a chunk, and of a panel of it.
+"""How many rows are visited at a time: of a chunk, and of a panel of it. And which of them lie together.
 
 Letters: N rows of the call, C rows of a chunk or panel, H hidden, V vocabulary of this shard.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -94,3 +95,17 @@ def _tiled_parts(num_rows: int, most: int) -> int:
     unit = GPU_WAVE_ROWS if most >= GPU_WAVE_ROWS else GPU_TILE_ROWS
     even = even_parts(num_rows, most)
     return max(1, min(most, num_rows, -(-even // unit) * unit))
+
+
+def joined_slices(blocks: list[slice]) -> Iterator[slice]:
+    """Neighbouring slices as one."""
+    current: slice | None = None
+    for block in blocks:
+        if current is not None and current.stop == block.start:
+            current = slice(current.start, block.stop)
+            continue
+        if current is not None:
+            yield current
+        current = block
+    if current is not None:
+        yield current
