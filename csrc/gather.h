@@ -11,7 +11,6 @@ namespace aapo_fast {
 namespace {
 
 constexpr int64_t GROUP = 4; // entries added at a time: as many streams from memory, one visit of the sum
-constexpr int64_t LINE = 16; // numbers between prefetches: a cache line of fp32
 
 struct Fp32 {
   float bits;

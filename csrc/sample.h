@@ -67,7 +67,7 @@ struct Walk {
   }
 
   void prefetch(int64_t tile) const {
-    for (int64_t i = 0; i < TILE; i += 16)
+    for (int64_t i = 0; i < TILE; i += LINE)
       __builtin_prefetch(x + tile * TILE + i);
   }
 };

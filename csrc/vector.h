@@ -37,6 +37,7 @@ typedef int64_t Longs __attribute__((vector_size(4 * AAPO_WIDTH)));
 typedef uint64_t LongBits __attribute__((vector_size(4 * AAPO_WIDTH)));
 typedef double Doubles __attribute__((vector_size(4 * AAPO_WIDTH)));
 constexpr int64_t LONGS = AAPO_WIDTH / 2;
+constexpr int64_t LINE = 16; // fp32 numbers of a cache line
 
 AAPO_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
