@@ -9,8 +9,9 @@ Floors are PyTorch's own loops over the same data, and the larger of the two cou
   exp, whichever is quicker. The sweeps compute one a logit each, both sweeps in one launch two.
 Of sparse rows: reading the tile sums, then gathering the tiles that hold an entry, with one exponential for each of
 their numbers. "Sweep 1 and sample" is both in one launch, and what the loss wants of the entries put in afterwards, as
-sparse rows have it; "sample, apart" is what rows have whose vocabulary is cut up among processes, which tell each other
-of sweep 1 before it. Sweep 2 and both sweeps are for dense rows.
+sparse rows have it; "sample, apart" is the same in a call of its own, as rows have it whose vocabulary is cut up among
+processes: these tell each other of sweep 1, which has kept tiles of the whole chunk, before it. Sweep 2 and both sweeps
+are for dense rows.
 Of sparse products: a dot product of as many numbers as there are multiply-adds, from the second cache (two reads each,
 as the kernel's source row and sum), or one gather of the rows of W, or dW, that have an entry.
 """
@@ -53,42 +54,29 @@ class Chunk:
         self.targets, self.weights = self.problem.targets[:rows], self.problem.token_weights[:rows]
         self.products = self.hidden @ self.weight.t()
         self.logits = aligned(*self.products.shape, torch.float32, self.products.device).copy_(self.products)
-        self.kernels = NativeRows(self.logits, sparse=True)
-        self.plain = NativeRows(self.logits)
-        self.uniforms = row_uniforms(0, torch.arange(rows))
+        self.kernels = NativeRows(self.logits)
+        self.uniforms, self.live = row_uniforms(0, torch.arange(rows)), torch.ones(rows, dtype=torch.bool)
         size = self.kernels.block_rows
         self.blocks = [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
-        self.stats = [finish(self.sweep_1(block)) for block in self.blocks]
-        self.entries = self.all_entries()
+        self.stats = finish(self.sweep_1(slice(rows), keep=True))
+        self.entries = self.sample()
         self.d_hidden, self.d_weight = torch.zeros_like(self.hidden), torch.zeros_like(self.weight)
 
-    def sweep_1(self, block: slice, keep: bool = True):
-        kernels = self.kernels if keep else self.plain
-        return kernels.statistics(self.logits[block], self.targets[block], Transform())
+    def sweep_1(self, rows: slice, keep: bool):
+        return self.kernels.statistics(self.logits[rows], self.targets[rows], Transform(), sparse=keep)
 
-    def sample(self, block: slice, stats) -> Entries:
-        wanted = Coefficients(self.weights[block], None, None)
-        given = (self.logits[block], self.targets[block], stats, wanted, Transform(), THRESHOLD, self.uniforms[block])
-        found = self.kernels.sparse_gradient(*given)()
-        if found is None:
+    def sample(self) -> Entries:
+        """Of what ``sweep_1`` has kept of all rows."""
+        given = (self.logits, self.targets, Transform(), self.stats, self.live, THRESHOLD, self.uniforms)
+        sampled = self.kernels.sample(*given)
+        if sampled.dense:
             raise SystemExit(f"--shape: too many of {self.logits.shape[1]} columns have entries; give more of them")
-        return found
+        return sampled.entries(self.stats, Coefficients(self.weights))
 
     def sweep_and_sample(self) -> Entries:
-        live = torch.ones(len(self.targets), dtype=torch.bool)
-        partials, sampled = self.kernels.sparse_sweeps(
-            self.logits, self.targets, Transform(), live, THRESHOLD, self.uniforms
-        )
+        given = (self.logits, self.targets, Transform(), self.live, THRESHOLD, self.uniforms)
+        partials, sampled = self.kernels.sparse_sweeps(*given)
         return sampled.entries(finish(partials), Coefficients(self.weights))
-
-    def all_entries(self) -> Entries:
-        parts = []
-        self.logits.copy_(self.products)  # a block is swept once: sweep 1 takes the targets out
-        for block, stats in zip(self.blocks, self.stats, strict=True):
-            self.sweep_1(block)
-            part = self.sample(block, stats)
-            parts.append((part.row + block.start, *part[1:]))
-        return Entries(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def timed(action: Action) -> float:
@@ -112,24 +100,22 @@ class Kernels:
         self.chunk = chunk
 
     def round(self) -> dict[str, float]:
-        c = self.chunk
-        seconds = dict.fromkeys(("sweep 1", "sweep 1, keeping tiles", "sample, apart", "sweep 2"), 0.0)
+        c, seconds = self.chunk, {}
         c.logits.copy_(c.products)
         seconds["sweep 1"] = timed(lambda: [c.sweep_1(block, keep=False) for block in c.blocks])
+        c.logits.copy_(c.products)  # rows are swept once: sweep 1 takes the targets out
+        seconds["sweep 1, keeping tiles"] = timed(lambda: c.sweep_1(slice(len(c.targets)), keep=True))
+        seconds["sample, apart"] = timed(c.sample)
         c.logits.copy_(c.products)
-        for block, stats in zip(c.blocks, c.stats, strict=True):
-            seconds["sweep 1, keeping tiles"] += timed(lambda b=block: c.sweep_1(b))
-            seconds["sample, apart"] += timed(lambda b=block, s=stats: c.sample(b, s))
-        c.logits.copy_(c.products)
-        for block, stats in zip(c.blocks, c.stats, strict=True):
-            c.sweep_1(block)
-            wanted = Coefficients(c.weights[block], None, None)
-            x = c.logits[block]
+        seconds["sweep 2"] = 0.0
+        for block in c.blocks:
+            c.sweep_1(block, keep=False)
+            x, stats, wanted = c.logits[block], c.stats.of(block), Coefficients(c.weights[block])
             given = (x, c.targets[block], stats, wanted, Transform(), x)
-            seconds["sweep 2"] += timed(lambda given=given: c.plain.gradient(*given))
+            seconds["sweep 2"] += timed(lambda given=given: c.kernels.gradient(*given))
         c.logits.copy_(c.products)
         given = (c.logits, c.targets, c.weights, torch.arange(len(c.targets)), Transform())
-        seconds["both sweeps"] = timed(lambda: c.plain.both_sweeps(*given, c.logits))
+        seconds["both sweeps"] = timed(lambda: c.kernels.both_sweeps(*given, c.logits))
         c.logits.copy_(c.products)
         seconds["sweep 1 and sample"] = timed(c.sweep_and_sample)
         seconds["sparse dX"] = timed(lambda: c.kernels.add_times_weight(c.entries, c.weight, c.d_hidden))

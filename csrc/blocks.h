@@ -40,37 +40,58 @@ inline void join_target(const Partials &from, int64_t row, float *row_max, float
   total[row] = float(double(from.total[row]) * std::exp(top - highest) + std::exp(target - highest));
 }
 
-// Sweep 1 and the sample, of each row while it is in the second cache. Rows are taken in blocks of `block_rows`, for which
-// `kept` has room; a block with more than `most_a_row` entries a row in the mean is to be dense: it has no entries, and its
-// number in `is_dense` becomes 1, else 0.
+// Between sparse and dense: of each block of so many rows, 1 where it has more than `most_a_row` entries a row in the mean,
+// and is to be dense, else 0.
+struct Choice {
+  int64_t block_rows;
+  double most_a_row;
+  int64_t *is_dense;
+};
+
+// Samples n rows a block at a time by work(begin, end), and leaves blocks that are to be dense without entries. Those of
+// their rows that were not sampled are passed to rest(begin, end).
+template <class Rows, class Work, class Rest>
+void in_blocks(int64_t n, const Choice &choice, const Found &found, const Rows &over_rows, const Work &work,
+               const Rest &rest) {
+  for (int64_t start = 0; start < n; start += choice.block_rows) {
+    const int64_t rows = std::min(choice.block_rows, n - start);
+    const auto of_block = [&](int64_t begin, int64_t end) { work(start + begin, start + end); };
+    const Looked looked = look(rows, found.means + start, choice.most_a_row * double(rows), over_rows, of_block);
+    choice.is_dense[start / choice.block_rows] = !looked.sparse;
+    if (looked.sparse)
+      continue;
+    const int64_t first = start + looked.num_rows;
+    over_rows(rows - looked.num_rows, [&](int64_t begin, int64_t end) { rest(first + begin, first + end); });
+    std::fill_n(found.counts + start, rows, 0);
+  }
+}
+
+// Sweep 1 and the sample, of each row while it is in the second cache. `kept` has room for one block.
 template <class Rows>
 void sweep_sparsely(const Kernels &k, const Block &block, const bool *live, const Partials &partials, const Tiles &kept,
-                    int64_t block_rows, const Sample &sample, double most_a_row, const Found &found, int64_t *is_dense,
-                    const Rows &over_rows) {
+                    const Sample &sample, const Choice &choice, const Found &found, const Rows &over_rows) {
   const int64_t n = block.num_rows;
   std::vector<float> whole(static_cast<size_t>(2 * n));
   float *row_max = whole.data(), *total = row_max + n;
   const Chances chances{row_max, total, live};
-  for (int64_t start = 0; start < n; start += block_rows) {
-    const int64_t rows = std::min(block_rows, n - start);
-    const auto sweep_and_sample = [&](int64_t begin, int64_t end) {
-      for (int64_t row = start + begin; row < start + end; ++row) {
-        const Tiles own = kept.of(row - start);
-        k.statistics(block, partials, own, row, row + 1);
-        join_target(partials, row, row_max, total);
-        k.sample(block, chances, own, sample, found, row, row + 1);
-      }
-    };
-    const Looked looked = look(rows, found.means + start, most_a_row * double(rows), over_rows, sweep_and_sample);
-    is_dense[start / block_rows] = !looked.sparse;
-    if (looked.sparse)
-      continue;
-    over_rows(rows - looked.num_rows, [&](int64_t begin, int64_t end) {
-      const int64_t first = start + looked.num_rows;
-      k.statistics(block, partials, Tiles{}, first + begin, first + end);
-    });
-    std::fill_n(found.counts + start, rows, 0);
-  }
+  const auto sweep_and_sample = [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const Tiles own = kept.of(row % choice.block_rows);
+      k.statistics(block, partials, own, row, row + 1);
+      join_target(partials, row, row_max, total);
+      k.sample(block, chances, own, sample, found, row, row + 1);
+    }
+  };
+  const auto sweep = [&](int64_t begin, int64_t end) { k.statistics(block, partials, Tiles{}, begin, end); };
+  in_blocks(n, choice, found, over_rows, sweep_and_sample, sweep);
+}
+
+// The sample of rows that were swept before, from the statistics of whole rows. `kept` has all of them.
+template <class Rows>
+void sample_sparsely(const Kernels &k, const Block &block, const Chances &chances, const Tiles &kept,
+                     const Sample &sample, const Choice &choice, const Found &found, const Rows &over_rows) {
+  const auto work = [&](int64_t begin, int64_t end) { k.sample(block, chances, kept, sample, found, begin, end); };
+  in_blocks(block.num_rows, choice, found, over_rows, work, [](int64_t, int64_t) {});
 }
 
 } // namespace aapo_fast

@@ -1,7 +1,7 @@
 // What the operators are given, checked and as the kernels take it: a bad tensor is an error that names it.
 #pragma once
 
-#include "kernels.h"
+#include "blocks.h"
 
 #include <torch/csrc/stable/tensor.h>
 
@@ -100,6 +100,12 @@ Sample sample_of(const Tensor &uniforms, double threshold, const Block &block) {
   STD_TORCH_CHECK(threshold > 0 && threshold <= 1, "aapo_fast_native: threshold must lie in (0, 1]");
   STD_TORCH_CHECK(block.vocab < int64_t(1) << 22, "aapo_fast_native: sparse rows of 2^22 columns at most");
   return {vector_of<float>(uniforms, block.num_rows, "uniforms"), threshold};
+}
+
+Choice choice_of(const Tensor &dense, int64_t block_rows, double most_a_row, const Block &block) {
+  STD_TORCH_CHECK(block_rows > 0, "aapo_fast_native: block_rows must be at least 1");
+  const int64_t num_blocks = (block.num_rows + block_rows - 1) / block_rows;
+  return {block_rows, most_a_row, vector_of<int64_t>(dense, num_blocks, "dense")};
 }
 
 // Without the counts and the means.

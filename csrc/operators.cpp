@@ -22,7 +22,7 @@
 namespace aapo_fast {
 namespace {
 
-constexpr int64_t INTERFACE = 7;
+constexpr int64_t INTERFACE = 8;
 constexpr int64_t GRAIN = 1 << 15; // logits below which a second thread costs more than it brings
 
 // Calls work(begin, end) for parts of so many rows of a block, on PyTorch's threads.
@@ -74,46 +74,40 @@ void to_starts(const Found &found, int64_t num_rows) {
   std::partial_sum(starts, starts + num_rows + 1, starts);
 }
 
-// Entries of a block, as probabilities, from what sweep 1 kept of it in `tiles`. Where there are more than `most` in the
-// mean, the one number of `dense` is 1, and `starts` says nothing.
+// Entries of a panel, as probabilities, from what sweep 1 kept of it in `tiles`; and for each block of so many rows in
+// `dense` whether it has more than `most_a_row` entries a row in the mean, and therefore none here.
 void sample_entries(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
                     std::optional<double> softcap, const Tensor &row_max, const Tensor &total, const Tensor &live,
-                    const Tensor &tiles, const Tensor &uniforms, double threshold, double most,
-                    const Tensor &found_column, const Tensor &found_p, const Tensor &starts, const Tensor &dense,
-                    int64_t level) {
+                    const Tensor &tiles, const Tensor &uniforms, double threshold, int64_t block_rows,
+                    double most_a_row, const Tensor &found_column, const Tensor &found_p, const Tensor &starts,
+                    const Tensor &dense, int64_t level) {
   const Kernels &k = kernels(level);
   const Block block = block_of(products, targets, temperature, scale, softcap);
   const int64_t n = block.num_rows;
   const Chances chances{vector_of<float>(row_max, n, "row_max"), vector_of<float>(total, n, "total"),
                         vector_of<bool>(live, n, "live")};
-  const Tiles kept = tiles_of(tiles, block, n);
-  const Sample sample = sample_of(uniforms, threshold, block);
   std::vector<double> means(static_cast<size_t>(n));
   const Found found = found_of(found_column, found_p, starts, means.data(), n);
-  const Looked looked = look(n, found.means, most, Threads{block}, [&](int64_t begin, int64_t end) {
-    k.sample(block, chances, kept, sample, found, begin, end);
-  });
-  *vector_of<int64_t>(dense, 1, "dense") = !looked.sparse;
-  if (looked.sparse)
-    to_starts(found, n);
+  sample_sparsely(k, block, chances, tiles_of(tiles, block, n), sample_of(uniforms, threshold, block),
+                  choice_of(dense, block_rows, most_a_row, block), found, Threads{block});
+  to_starts(found, n);
 }
 
-// Sweep 1 and entries of a panel at once, as blocks.h has it: a block is as many rows as `tiles` has. Entries as above;
-// `dense` has a number for each block.
+// Sweep 1 and the same at once, as blocks.h has it: `tiles` has room for one block.
 void sparse_sweeps(const Tensor &products, const Tensor &targets, const Tensor &temperature, double scale,
                    std::optional<double> softcap, const Tensor &live, const Tensor &partials, const Tensor &tiles,
-                   const Tensor &uniforms, double threshold, double most_a_row, const Tensor &found_column,
-                   const Tensor &found_p, const Tensor &starts, const Tensor &dense, int64_t level) {
+                   const Tensor &uniforms, double threshold, int64_t block_rows, double most_a_row,
+                   const Tensor &found_column, const Tensor &found_p, const Tensor &starts, const Tensor &dense,
+                   int64_t level) {
   const Kernels &k = kernels(level);
   const Block block = block_of(products, targets, temperature, scale, softcap);
-  check_matrix(tiles, -1, "tiles");
-  const int64_t n = block.num_rows, block_rows = std::max<int64_t>(tiles.size(0), 1);
+  const int64_t n = block.num_rows;
+  const Choice choice = choice_of(dense, block_rows, most_a_row, block);
   const Tiles kept = tiles_of(tiles, block, std::min(block_rows, n));
   std::vector<double> means(static_cast<size_t>(n));
   const Found found = found_of(found_column, found_p, starts, means.data(), n);
-  int64_t *is_dense = vector_of<int64_t>(dense, (n + block_rows - 1) / block_rows, "dense");
-  sweep_sparsely(k, block, vector_of<bool>(live, n, "live"), partials_of(partials, block), kept, block_rows,
-                 sample_of(uniforms, threshold, block), most_a_row, found, is_dense, Threads{block});
+  sweep_sparsely(k, block, vector_of<bool>(live, n, "live"), partials_of(partials, block), kept,
+                 sample_of(uniforms, threshold, block), choice, found, Threads{block});
   to_starts(found, n);
 }
 
@@ -243,9 +237,9 @@ STABLE_TORCH_LIBRARY(aapo_fast_native, m) {
   m.def("gradient(Tensor(a!) products, " AAPO_BLOCK ", " AAPO_WANTED ", int level) -> ()");
   m.def("both_sweeps(Tensor(a!) products, " AAPO_BLOCK ", Tensor on_logp, Tensor(b!) partials, int level) -> ()");
   m.def("sample_entries(Tensor products, " AAPO_BLOCK ", Tensor row_max, Tensor total, Tensor live, Tensor tiles, "
-        "Tensor uniforms, float threshold, float most, " AAPO_FOUND ", int level) -> ()");
+        "Tensor uniforms, float threshold, int block_rows, float most_a_row, " AAPO_FOUND ", int level) -> ()");
   m.def("sparse_sweeps(Tensor(a!) products, " AAPO_BLOCK ", Tensor live, Tensor(b!) partials, Tensor(c!) tiles, "
-        "Tensor uniforms, float threshold, float most_a_row, " AAPO_FOUND ", int level) -> ()");
+        "Tensor uniforms, float threshold, int block_rows, float most_a_row, " AAPO_FOUND ", int level) -> ()");
   m.def("pack_entries(Tensor products, " AAPO_BLOCK ", " AAPO_WANTED ", Tensor found_column, Tensor found_p, "
         "Tensor starts, Tensor(a!) row, Tensor(b!) column, Tensor(c!) value, Tensor(d!) count, int level) -> ()");
   m.def("add_times_weight(Tensor row, Tensor column, Tensor value, Tensor weight, Tensor(a!) out, int level) -> ()");

@@ -19,6 +19,7 @@ constexpr double LONGEST = 2.0 * TILE * ONE; // no tile's dust is as long
 constexpr int64_t TILES_A_PANEL = PANEL / TILE;
 constexpr int64_t STRETCH = 160 * TILES_A_PANEL; // tiles that are listed together: of most vocabularies all
 constexpr int64_t AHEAD = 16;                    // tiles that are fetched before they are opened
+constexpr int64_t SUMS_AHEAD = 512;              // tiles whose sums are
 
 inline int64_t whole(int64_t stands) { return stands >> FRACTION; }
 
@@ -167,6 +168,8 @@ struct Stretch {
       const int64_t stop = least(panel + TILES_A_PANEL, end);
       for (int64_t tile = panel; tile < stop; tile += WIDTH) {
         const int64_t n = least(WIDTH, stop - tile), at = tile - first;
+        fetch_ahead(walk.tiles.mass, tile, SUMS_AHEAD);
+        fetch_ahead(walk.tiles.peak, tile, SUMS_AHEAD);
         alignas(64) float mass[WIDTH];
         store(mass, load(walk.tiles.mass + tile, n));
         for (int64_t i = 0; i < WIDTH; i += LONGS) { // beyond the last tile there is room, and no length

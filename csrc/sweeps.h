@@ -6,15 +6,14 @@
 namespace aapo_fast {
 namespace {
 
-// Logits are fetched so many columns before they are swept, one line for each that is: a processor that fetches ahead by
-// itself stops where a page ends, which is after one panel.
-constexpr int64_t FETCHED_AHEAD = 2 * PANEL;
-
-AAPO_INLINE void fetch_ahead(const float *x, int64_t i) {
+// A line of what comes so far after x[i], for each line that is read: a processor that fetches ahead by itself stops where a
+// page ends, and a page of logits is one panel.
+AAPO_INLINE void fetch_ahead(const float *x, int64_t i, int64_t distance) {
   if (i % LINE == 0)
-    __builtin_prefetch(x + i + FETCHED_AHEAD);
+    __builtin_prefetch(x + i + distance);
 }
 
+constexpr int64_t LOGITS_AHEAD = 2 * PANEL;
 constexpr float LOWEST = -1e34f; // stands for minus infinity where differences are taken: finite times any count
 
 // --- sweep 1 ---------------------------------------------------------------------------------------------------------
@@ -71,7 +70,7 @@ Sums sweep_1(const float *x, int64_t vocab, const RowTransform &transform, const
     for (int64_t tile = 0; tile < n; tile += TILE) {
       Floats mass{}, peak{};
       for (int64_t i = tile; i < tile + TILE; i += WIDTH) {
-        fetch_ahead(x + start, i);
+        fetch_ahead(x + start, i, LOGITS_AHEAD);
         Floats shifted = load(z + i) - top;
         const Floats e = exp_and_cut(shifted);
         mass += e;
@@ -152,7 +151,7 @@ void sweep_2(float *x, int64_t vocab, const RowTransform &transform, const RowGr
   };
   int64_t i = 0;
   for (; i + WIDTH <= vocab; i += WIDTH) {
-    fetch_ahead(x, i);
+    fetch_ahead(x, i, LOGITS_AHEAD);
     store(x + i, of(load(x + i)));
   }
   if (i < vocab)

@@ -183,8 +183,8 @@ void sweeps(const Kernels &k, const Case &c) {
     std::vector<float> p(size_t(n * capacity)), own_tiles(size_t(std::min(n, block_rows) * kept));
     const Found found{columns.data(), p.data(), capacity, counts.data(), means.data()};
     const Tiles room{own_tiles.data(), own_tiles.data() + num_tiles, own_tiles.data() + 2 * num_tiles, kept};
-    sweep_sparsely(k, block, live.get(), partials, room, block_rows, {uniforms.data(), 1e-7}, most, found, is_dense.data(),
-                   [](int64_t rows, const auto &work) { work(0, rows); });
+    sweep_sparsely(k, block, live.get(), partials, room, {uniforms.data(), 1e-7}, {block_rows, most, is_dense.data()},
+                   found, [](int64_t rows, const auto &work) { work(0, rows); });
     for (int64_t row = 0; row < n; ++row) {
       const bool dense = is_dense[size_t(row / block_rows)] == 1;
       const Truth &t = truth[size_t(row)];
@@ -198,6 +198,16 @@ void sweeps(const Kernels &k, const Case &c) {
       for (int64_t v = 0; v < c.vocab && !dense; ++v) // a threshold of 1e-7 leaves no dust
         expect_near(made[size_t(v)], v == targets[size_t(row)] || a[size_t(row)] == 0 ? 0 : t.p[size_t(v)], 1,
                     "probabilities of a panel");
+    }
+    std::vector<int64_t> counts_apart(static_cast<size_t>(n)), is_dense_apart(static_cast<size_t>(num_blocks), -1);
+    const Found apart{columns.data(), p.data(), capacity, counts_apart.data(), means.data()};
+    sample_sparsely(k, block, chances, tiles, {uniforms.data(), 1e-7}, {block_rows, most, is_dense_apart.data()}, apart,
+                    [](int64_t rows, const auto &work) { work(0, rows); });
+    for (int64_t row = 0; row < n; ++row) {
+      const double entries = double(counts[size_t(row)]), of_those = double(counts_apart[size_t(row)]);
+      expect(of_those == entries, "entries of a panel swept before", of_those, entries);
+      const bool same = is_dense_apart[size_t(row / block_rows)] == is_dense[size_t(row / block_rows)];
+      expect(same, "the choice of a panel swept before", double(row), 0);
     }
     memory = given;
   }

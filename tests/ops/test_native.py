@@ -28,12 +28,10 @@ LEVELS = native.available_levels()
 def everything(vocab=3001):
     """What all sweeps and products say of one block."""
     products, targets = block(vocab, rows=20, scale=3, offset=1)
-    kernels = NativeRows(products, sparse=True)
-    kernels._tiles = torch.zeros(20, kernels._tiles.shape[1])
-    rows, wanted = finish(kernels.statistics(products, targets, Transform(0.9))), coefficients(20)
-    entries = kernels.sparse_gradient(
-        products, targets, rows, wanted, Transform(0.9), 2**-9, torch.linspace(0, 0.99, 20)
-    )()
+    kernels, how = NativeRows(products), Transform(0.9)
+    rows, wanted = finish(kernels.statistics(products, targets, how)), coefficients(20)
+    sampled = kernels.sample(products, targets, how, rows, wanted.live(), 2**-9, torch.linspace(0, 0.99, 20))
+    entries = sampled.entries(rows, wanted)
     dx, dw, g = torch.zeros(20, 24), torch.zeros(vocab, 24), torch.Generator().manual_seed(4)
     kernels.add_times_weight(entries, torch.randn(vocab, 24, generator=g), dx)
     kernels.add_transposed_times(entries, torch.randn(20, 24, generator=g), dw)
@@ -102,10 +100,11 @@ def operator_calls():
             tiles,
             vector,
             0.1,
+            2,
             100.0,
             *found,
             starts,
-            dense[:1],
+            dense,
         ),
         "sparse_sweeps": (
             products,
@@ -115,6 +114,7 @@ def operator_calls():
             tiles[:2],
             vector,
             0.1,
+            2,
             100.0,
             *found,
             starts,
@@ -179,10 +179,19 @@ def test_what_operators_refuse():
     for wrong, match in (
         (rest[6][:0], "tiles must have a row"),
         (rest[6][0], "tiles must be a matrix"),
-        (rest[6][:1], "dense must be a contiguous vector of 3 numbers"),
+        (rest[6][:, :4], "tiles must have 5 columns"),
     ):
         with pytest.raises(RuntimeError, match=match):
             run_.sparse_sweeps(products, *rest[:6], wrong, *rest[7:], 0)
+    for block_rows, match in (
+        (0, "block_rows must be at least 1"),
+        (1, "dense must be a contiguous vector of 3 numbers"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            run_.sparse_sweeps(products, *rest[:9], block_rows, *rest[10:], 0)
+    products, *rest = operator_calls()["sample_entries"]
+    with pytest.raises(RuntimeError, match="tiles must have a row for each of products"):
+        run_.sample_entries(products, *rest[:7], rest[7][:2], *rest[8:], 0)
     products, *rest = operator_calls()["statistics"]
     with pytest.raises(RuntimeError, match="cannot run level 7"):
         run_.statistics(products, *rest, 7)

@@ -1,4 +1,4 @@
-"""Native rows that are swept and sampled a panel in one call, beside the same by blocks."""
+"""Native rows that are swept and sampled a panel in one call, beside the same in two calls and a block at a time."""
 
 import math
 
@@ -8,7 +8,7 @@ from native_support import block
 
 import aapo_fast as af
 from aapo_fast.ops import native
-from aapo_fast.ops.linear_policy import chunked, rows_native
+from aapo_fast.ops.linear_policy import rows_native
 from aapo_fast.ops.linear_policy.rows_native import NativeRows
 from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, RowStatistics, Transform, finish
 
@@ -18,19 +18,18 @@ if native.why_not() is not None:
 
 def by_blocks(products, targets, wanted, transform, threshold, uniforms, block_rows):
     """The statistics, the entries and the blocks to be dense by the methods that take a block at a time."""
-    kernels, parts, full = NativeRows(products, sparse=True), [], []
+    kernels, parts, full = NativeRows(products), [], []
     entries = [Entries(torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32), torch.empty(0))]
-    kernels._tiles = torch.empty(block_rows, kernels._tiles.shape[1])
+    kernels.block_rows = block_rows
     for first in range(0, len(products), block_rows):
         rows = slice(first, min(first + block_rows, len(products)))
         x, t, how = products[rows], targets[rows], transform.of(rows)
         parts.append(finish(kernels.statistics(x, t, how)))
-        given = (x, t, parts[-1], wanted.of(rows), how)
-        found = kernels.sparse_gradient(*given, threshold, uniforms[rows])()
-        if found is None:
-            full.append(rows)
-        else:
-            entries.append(Entries(found.row + first, *found[1:]))
+        mine = wanted.of(rows)
+        sampled = kernels.sample(x, t, how, parts[-1], mine.live(), threshold, uniforms[rows])
+        full += [rows for _ in sampled.dense]
+        found = sampled.entries(parts[-1], mine)
+        entries.append(Entries(found.row + first, *found[1:]))
     stats = RowStatistics(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
     return stats, Entries(*(torch.cat(columns) for columns in zip(*entries, strict=True))), full
 
@@ -57,7 +56,7 @@ def test_all_blocks_in_one_launch(level, kind, block_rows, threads, monkeypatch)
     uniforms = torch.linspace(0, 0.99, 23)
     one_by_one, before = products.clone(), torch.get_num_threads()
     truth, entries, full = by_blocks(one_by_one, targets, wanted, transform, 2**-9, uniforms, min(block_rows, 23))
-    kernels = NativeRows(products, sparse=True)
+    kernels = NativeRows(products)
     kernels.block_rows = block_rows
     kernels._tiles = torch.full((block_rows, kernels._tiles.shape[1]), math.nan)
     try:
@@ -77,7 +76,7 @@ def test_rows_that_the_loss_turns_out_to_want_nothing_of(level):
     """As a clipped ratio's: sampled, and without entries."""
     products, targets = block(2100, rows=8)
     uniforms, on_logp = torch.linspace(0, 0.99, 8), torch.tensor([1.0, 0, -0.5, 0, 0, 2.0, 0.3, 0])
-    partials, sampled = NativeRows(products, sparse=True).sparse_sweeps(
+    partials, sampled = NativeRows(products).sparse_sweeps(
         products, targets, Transform(), torch.ones(8, dtype=torch.bool), 2**-9, uniforms
     )
     stats = finish(partials)
@@ -117,7 +116,9 @@ def losses_of(targets, logps):
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("kind", ["some clipped", "of the log-probability", "of all three", "in the backward"])
 def test_a_whole_pass_by_either_road(kind, softcap, monkeypatch):
-    """Flat and peaked blocks in a panel, whatever the coefficients follow from: the same bits a block at a time."""
+    """Flat and peaked blocks in a panel, whatever the coefficients follow from: the same bits in two calls, as shards
+    of a vocabulary have them.
+    """
     monkeypatch.setattr(rows_native, "even_parts", lambda *_: 6)  # rows of a block
     g = torch.Generator().manual_seed(1)
     hidden, weight = torch.randn(40, 16, generator=g), torch.randn(3000, 16, generator=g)
@@ -145,6 +146,11 @@ def test_a_whole_pass_by_either_road(kind, softcap, monkeypatch):
     monkeypatch.setattr(NativeRows, "sparse_sweeps", sparse_sweeps)
     at_once = gradients()
     assert dense == [[slice(6, 12)]] and (unwanted[0] > 0) == (kind == "some clipped")
-    monkeypatch.setattr(chunked, "SparseLaunch", int)  # which no kernels are
-    one_by_one = gradients()
-    assert len(dense) == 1 and all(torch.equal(a, b) for a, b in zip(at_once, one_by_one, strict=True))
+
+    def in_two_calls(kernels, products, targets, transform, *how):
+        partials = kernels.statistics(products, targets, transform)
+        return partials, kernels.sample(products, targets, transform, finish(partials), *how)
+
+    monkeypatch.setattr(NativeRows, "sparse_sweeps", in_two_calls)
+    apart = gradients()
+    assert len(dense) == 1 and all(torch.equal(a, b) for a, b in zip(at_once, apart, strict=True))

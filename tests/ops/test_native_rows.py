@@ -117,7 +117,7 @@ def test_a_nan_is_one_whatever_its_bits(level, bits):
     products, targets = block(1500)
     products[1, 1100] = torch.from_numpy(np.array(bits, np.uint32).view(np.float32))
     before = products.clone()
-    kernels = NativeRows(products, sparse=True)
+    kernels = NativeRows(products)
     rows = finish(kernels.statistics(products, targets, Transform()))
     for statistic in (rows.logps, rows.entropy, rows.logsumexp):
         assert statistic.isnan().tolist() == [False, True, False, False, False]
@@ -166,13 +166,14 @@ def test_shards_of_the_vocabulary(level):
     products[1, :900] -= 300  # a rank without any probability
     _, gradient = truth_of(products, targets, Transform(0.7), coefficients())
     parts = [(products[:, :900], targets.where(targets < 900, -1)), (products[:, 900:], (targets - 900).clamp(min=-1))]
-    kernels = [NativeRows(x, sparse=True) for x, _ in parts]
+    kernels = [NativeRows(x) for x, _ in parts]
     for k, (x, t) in zip(kernels, parts, strict=True):
         k.partials = k.statistics(x, t, Transform(0.7))
     rows, found = finish(merge([k.partials for k in kernels])), []
     for k, (x, t) in zip(kernels, parts, strict=True):
         given = (x, t, rows, coefficients(), Transform(0.7))
-        found.append(with_target(dense(k.sparse_gradient(*given, 1e-20, torch.rand(5))(), x.shape), x, t, *given[2:]))
+        sampled = k.sample(x, t, Transform(0.7), rows, coefficients().live(), 1e-20, torch.rand(5))
+        found.append(with_target(dense(sampled.entries(rows, coefficients()), x.shape), x, t, *given[2:]))
         k.gradient(*given, x)
         x.copy_(with_target(x, x, t, *given[2:]))
     assert relative(torch.cat(found, 1), gradient) < 1e-6 and relative(products, gradient) < 1e-6
@@ -182,14 +183,16 @@ def test_shards_of_the_vocabulary(level):
 
 
 def sample(products, threshold, uniforms, on_logp=-1.0):
-    """Entries whose values are the sampled probabilities themselves."""
+    """Entries of one block whose values are the sampled probabilities themselves; None where it is to be dense."""
     rows = products.shape[0]
     targets = torch.full((rows,), -1)
-    kernels = NativeRows(products, sparse=True)
+    kernels = NativeRows(products)
+    kernels.block_rows = rows
     kernels._tiles = torch.full((rows, kernels._tiles.shape[1]), math.nan)
     statistics = finish(kernels.statistics(products, targets, Transform()))
     wanted = Coefficients(torch.full((rows,), on_logp))
-    return kernels.sparse_gradient(products, targets, statistics, wanted, Transform(), threshold, uniforms)()
+    sampled = kernels.sample(products, targets, Transform(), statistics, wanted.live(), threshold, uniforms)
+    return None if sampled.dense else sampled.entries(statistics, wanted)
 
 
 def dense(entries, shape):
@@ -331,7 +334,7 @@ def test_every_half_and_bfloat16_is_widened_exactly(level):
 
 
 def test_nothing_at_all(level):
-    kernels = NativeRows(torch.empty(0, 40), sparse=True)
+    kernels = NativeRows(torch.empty(0, 40))
     nothing = Entries(*(torch.empty(0, dtype=t) for t in (torch.int32, torch.int32, torch.float32)))
     kernels.add_times_weight(nothing, torch.ones(40, 8), torch.empty(0, 8))
     kernels.add_transposed_times(nothing, torch.ones(0, 8), torch.empty(40, 8))
@@ -339,8 +342,8 @@ def test_nothing_at_all(level):
     rows = finish(kernels.statistics(products, targets, Transform()))
     wanted = Coefficients(torch.empty(0))
     kernels.gradient(products, targets, rows, wanted, Transform(), products)
-    found = kernels.sparse_gradient(products, targets, rows, wanted, Transform(), 2**-7, torch.empty(0))()
-    assert [t.shape for t in found] == [(0,)] * 3
-    given = (Transform(), torch.empty(0, dtype=torch.bool), 2**-7, torch.empty(0))
-    _, sampled = NativeRows(products, sparse=True).sparse_sweeps(products, targets, *given)
-    assert [t.shape for t in sampled.entries(rows, wanted)] == [(0,)] * 3 and sampled.dense == []
+    how = (torch.empty(0, dtype=torch.bool), 2**-7, torch.empty(0))
+    apart = kernels.sample(products, targets, Transform(), rows, *how)
+    _, at_once = NativeRows(products).sparse_sweeps(products, targets, Transform(), *how)
+    for sampled in (apart, at_once):
+        assert [t.shape for t in sampled.entries(rows, wanted)] == [(0,)] * 3 and sampled.dense == []

@@ -99,14 +99,14 @@ def test_sparse_rows_that_are_empty_on_one_shard():
 
 def _native_rows(rank, dense_share):
     rows_native.DENSE_SHARE = dense_share
-    real, were_dense = NativeRows.sparse_gradient, []
+    real, were_dense = NativeRows.sample, []
 
-    def sparse_gradient(*given):
-        found = real(*given)()
-        were_dense.append(found is None)
-        return lambda: found
+    def sample(*given):
+        sampled = real(*given)
+        were_dense.append(bool(sampled.dense))
+        return sampled
 
-    NativeRows.sparse_gradient = sparse_gradient
+    NativeRows.sample = sample
     hidden, weight, targets, bias = problem(23, 8, 2101, bias=True)
     advantages, index = sequences(23)
     objective = af.Regularized(af.GRPO(advantages, index, 23.0), 23.0, entropy_bonus=0.02)

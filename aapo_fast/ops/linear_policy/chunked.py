@@ -34,7 +34,8 @@ from aapo_fast.ops.linear_policy.statistics import (
     OneLaunch,
     RowStatistics,
     Sampled,
-    SparseLaunch,
+    SparseBlocks,
+    SparsePanels,
     SparseProduct,
     Transform,
     compute_dtype,
@@ -128,18 +129,20 @@ class Pass:
         self.targets = torch.where(self.has_target & (here >= 0) & (here < live), here, -1)
         # -inf rules a token out. A large finite number does the same without the NaN of 0 * inf in the entropy.
         self.bias = None if bias is None else bias[:live].to(self.dtype).clamp(min=-1e30)
-        self.kernels = row_kernels(call.implementation, self._logits[0], call.threshold is not None, columns)
-        # What does more than sweep 1 at once needs whole rows' statistics, without other ranks.
-        whole = self.kernels if call.shard is None and self.wants_gradient() else None
+        self._threshold = call.threshold if self.wants_gradient() else None
+        self.kernels = row_kernels(call.implementation, self._logits[0], self._threshold is not None, columns)
+        kernels = self.kernels if self.wants_gradient() else None
+        self._sparse_panels: SparsePanels | None = kernels if isinstance(kernels, SparsePanels) else None
+        # Both sweeps at once are for rows that are whole, without other ranks.
+        whole = kernels if call.shard is None else None
         self._one_launch: OneLaunch | None = whole if isinstance(whole, OneLaunch) else None
-        self._sparse_launch: SparseLaunch | None = whole if isinstance(whole, SparseLaunch) else None
         zeros = self._logits[0].new_zeros
         self._d_hidden = zeros(hidden.shape) if wanted[0] else None
         self._d_weight: Tensor | None = None  # made when the first rows are spent on it, with what they make of it
         self._d_bias = zeros(weight.shape[:1]) if wanted[2] else None
         self.no_weight = zeros(1)
         self._target_products = zeros(hidden.shape[0] if self.transform.softcap is not None else 0)
-        self._uniforms = numbers if call.threshold is None else self.kernels.uniforms(call.seed, numbers)
+        self._uniforms = numbers if self._threshold is None else self.kernels.uniforms(call.seed, numbers)
         self._dense_blocks: list[slice] = []
         self._in_flight: deque[_InFlight] = deque()
         self._sampled: Sampled | None = None
@@ -178,8 +181,8 @@ class Pass:
             yield panel, logits
 
     def cut(self, panel: slice, products: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Of each block of a panel the same; the panel, for kernels that sample at once and cut it for themselves."""
-        if self._sampling_launch() is not None:
+        """Of each block of a panel the same; the panel, for kernels that sample it and cut it for themselves."""
+        if self._sampler() is not None:
             yield panel, products
             return
         for first in range(panel.start, panel.stop, self.kernels.block_rows):
@@ -201,29 +204,28 @@ class Pass:
         return self._gradient_rows[rows.start - self._first_row : rows.stop - self._first_row]
 
     def sweep(self, rows: slice, products: Tensor, live: Tensor) -> RowStatistics:
-        """Sweep 1 of what ``cut`` gives, and the sample where that is one launch. ``live``: of all M rows, whether the
-        loss may want something of them.
-        """
+        """Sweep 1 of what ``cut`` gives, and a whole panel's sample. ``live``: (M,) rows that the loss may want."""
         self._keep_target_products(rows, products)
         given = (products, self.targets[rows], self.transform.of(rows))
-        launch = self._sampling_launch()
-        if launch is not None:
-            assert self.call.threshold is not None
-            sample = (live[rows], self.call.threshold, self._uniforms[rows])
-            partials, self._sampled = launch.sparse_sweeps(*given, *sample)
+        sampler, threshold, shard = self._sampler(), self._threshold, self.call.shard
+        if sampler is None or threshold is None:
+            partials = self.kernels.statistics(*given, sparse=self._tries_sparse())
+            return self.kernels.finish(partials) if shard is None else finish(shard.merged(partials))
+        how = (live[rows], threshold, self._uniforms[rows])
+        if shard is None:
+            partials, self._sampled = sampler.sparse_sweeps(*given, *how)
             return self.kernels.finish(partials)
-        partials = self.kernels.statistics(*given, sparse=self._tries_sparse())
-        if self.call.shard is not None:
-            return finish(self.call.shard.merged(partials))
-        return self.kernels.finish(partials)
+        stats = finish(shard.merged(self.kernels.statistics(*given)))
+        self._sampled = sampler.sample(*given, stats, *how)
+        return stats
 
     def sweeps_at_once(self) -> bool:
         """Whether one launch may do both sweeps of the next panel, for coefficients that are known beforehand."""
         return self._one_launch is not None and not self._tries_sparse()
 
-    def _sampling_launch(self) -> SparseLaunch | None:
-        """What sweeps and samples the next panel at once, if anything does."""
-        return self._sparse_launch if self._tries_sparse() else None
+    def _sampler(self) -> SparsePanels | None:
+        """What samples the next panel whole, if anything does."""
+        return self._sparse_panels if self._tries_sparse() else None
 
     def sweep_and_spend(self, rows: slice, products: Tensor, linear: LinearWeights) -> RowStatistics:
         """Both sweeps of a panel in one launch. ``linear`` holds one index for each of the M rows."""
@@ -250,8 +252,8 @@ class Pass:
             self.kernels.gradient(*sweep, self._gradient_rows_of(rows))
             self._add_dense(rows)
             return
-        assert self.call.threshold is not None
-        entries = self.kernels.sparse_gradient(*sweep, self.call.threshold, self._uniforms[rows])
+        assert self._threshold is not None and isinstance(self.kernels, SparseBlocks)
+        entries = self.kernels.sparse_gradient(*sweep, self._threshold, self._uniforms[rows])
         self._in_flight.append(_InFlight(rows, sweep, entries))
         while len(self._in_flight) >= len(self._logits):
             self._land()
@@ -296,7 +298,7 @@ class Pass:
         """Not for a while after a block that was too full: neighbours are alike, and counting in vain costs time. The
         choice looks at no uniform, so it biases nothing.
         """
-        return self.call.threshold is not None and self._blocks_to_pass_over == 0
+        return self._threshold is not None and self._blocks_to_pass_over == 0
 
     def _add_dense(self, rows: slice) -> None:
         self._dense_blocks.append(rows)

@@ -17,5 +17,5 @@ def row_kernels(implementation: str, logits: Tensor, sparse: bool, columns: int)
     if implementation == "native":
         from aapo_fast.ops.linear_policy.rows_native import NativeRows
 
-        return NativeRows(logits, sparse=sparse, columns=columns)
+        return NativeRows(logits, columns)
     return TorchRows(logits, columns)

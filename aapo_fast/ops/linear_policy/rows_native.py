@@ -21,7 +21,6 @@ from aapo_fast.ops.linear_policy.statistics import (
     RowStatistics,
     Sampled,
     Transform,
-    at_once,
     finish,
 )
 from aapo_fast.ops.linear_policy.uniforms import row_uniforms
@@ -53,11 +52,10 @@ class _Found(NamedTuple):
 
 
 class NativeRows:
-    """``RowKernels``, ``OneLaunch`` and ``SparseLaunch`` for fp32 products on the CPU.
+    """``RowKernels``, ``OneLaunch`` and ``SparsePanels`` for fp32 products on the CPU.
 
     Args:
-        chunk: the (C, V) buffer that blocks are views of.
-        sparse: keep of each tile what the sample needs.
+        chunk: the (C, V) buffer that panels and blocks are views of.
         columns: by which rows are cut into blocks: V, or what shards of unequal V have agreed on.
 
     Raises:
@@ -67,7 +65,7 @@ class NativeRows:
 
     blocks_between_tries = 0
 
-    def __init__(self, chunk: Tensor, sparse: bool = False, columns: int | None = None) -> None:
+    def __init__(self, chunk: Tensor, columns: int | None = None) -> None:
         if chunk.dtype != torch.float32:
             raise ValueError(f"implementation='native' computes in fp32, not {chunk.dtype}; use implementation='torch'")
         self._run, self._level = native.operators(), native.level()
@@ -75,14 +73,13 @@ class NativeRows:
         fit = max(BLOCK_BYTES // max(1, 4 * (columns or vocab)), ROWS_A_THREAD * torch.get_num_threads())
         self.block_rows = even_parts(rows, fit)
         kept = 2 * -(-vocab // TILE) + -(-vocab // PANEL)
-        self._tiles = chunk.new_empty(self.block_rows, kept) if sparse else None
+        self._tiles = chunk.new_empty(0, kept)
         self._room: tuple[Tensor, Tensor] | None = None
 
     def statistics(self, products: Tensor, targets: Tensor, transform: Transform, sparse: bool = True) -> Partials:
         partials = products.new_empty(4, products.shape[0])
-        self._run.statistics(
-            *_block(products, targets, transform), partials, self._tiles if sparse else None, self._level
-        )
+        tiles = self._tiles_of(products.shape[0]) if sparse else None
+        self._run.statistics(*_block(products, targets, transform), partials, tiles, self._level)
         return Partials(*partials)
 
     def finish(self, partials: Partials) -> RowStatistics:
@@ -112,49 +109,51 @@ class NativeRows:
     def sparse_sweeps(
         self, products: Tensor, targets: Tensor, transform: Transform, live: Tensor, threshold: float, uniforms: Tensor
     ) -> tuple[Partials, Sampled]:
-        assert self._tiles is not None, "made without sparse=True"
         num_rows, vocab = products.shape
         partials, given = products.new_empty(4, num_rows), _block(products, targets, transform)
-        found = self._room_for(num_rows, vocab, threshold, blocks=-(-num_rows // self.block_rows))
+        tiles, found = self._tiles_of(min(num_rows, self.block_rows)), self._room_for(num_rows, vocab, threshold)
         self._run.sparse_sweeps(
-            *given, live.contiguous(), partials, self._tiles, uniforms.contiguous(), threshold, DENSE_SHARE * vocab,
-            *found, self._level,
+            *given, live.contiguous(), partials, tiles, uniforms.contiguous(), threshold, self.block_rows,
+            DENSE_SHARE * vocab, *found, self._level,
         )  # fmt: skip
-        firsts = (found.dense.nonzero().squeeze(1) * self.block_rows).tolist()
-        blocks = [slice(first, min(first + self.block_rows, num_rows)) for first in firsts]
-        return Partials(*partials), Sampled(blocks, functools.partial(self._packed, given, found))
+        return Partials(*partials), self._sampled(given, found)
+
+    def sample(
+        self, products: Tensor, targets: Tensor, transform: Transform, rows: RowStatistics, live: Tensor,
+        threshold: float, uniforms: Tensor,
+    ) -> Sampled:  # fmt: skip
+        num_rows, vocab = products.shape
+        given, found = _block(products, targets, transform), self._room_for(num_rows, vocab, threshold)
+        self._run.sample_entries(
+            *given, rows.row_max, rows.total, live.contiguous(), self._tiles, uniforms.contiguous(), threshold,
+            self.block_rows, DENSE_SHARE * vocab, *found, self._level,
+        )  # fmt: skip
+        return self._sampled(given, found)
 
     def uniforms(self, seed: int, rows: Tensor) -> Tensor:
         return row_uniforms(seed, rows)
 
-    @at_once
-    def sparse_gradient(
-        self,
-        products: Tensor,
-        targets: Tensor,
-        rows: RowStatistics,
-        wanted: Coefficients,
-        transform: Transform,
-        threshold: float,
-        uniforms: Tensor,
-    ) -> Entries | None:
-        assert self._tiles is not None, "made without sparse=True"
-        num_rows, vocab = products.shape
-        given, found = _block(products, targets, transform), self._room_for(num_rows, vocab, threshold, blocks=1)
-        self._run.sample_entries(
-            *given, rows.row_max, rows.total, wanted.live(), self._tiles, uniforms.contiguous(), threshold,
-            DENSE_SHARE * products.numel(), *found, self._level,
-        )  # fmt: skip
-        return None if found.dense[0] else self._packed(given, found, rows, wanted)
+    def _tiles_of(self, num_rows: int) -> Tensor:
+        """What sweep 1 keeps for the sample."""
+        if self._tiles.shape[0] < num_rows:
+            self._tiles = self._tiles.new_empty(num_rows, self._tiles.shape[1])
+        return self._tiles
 
-    def _room_for(self, num_rows: int, vocab: int, threshold: float, blocks: int) -> _Found:
-        """What is found goes to the same memory for every block or panel. Little of it is ever touched."""
+    def _room_for(self, num_rows: int, vocab: int, threshold: float) -> _Found:
+        """What is found goes to the same memory for every panel. Little of it is ever touched."""
+        num_blocks = -(-num_rows // self.block_rows)
         capacity = min(vocab, int(1 / threshold) + 2)
         if self._room is None or self._room[0].shape[0] < num_rows or self._room[0].shape[1] != capacity:
             column = torch.empty(num_rows, capacity, dtype=torch.int32, device="cpu")
             self._room = column, torch.empty_like(column, dtype=torch.float32)
-        starts, dense = (torch.empty(n, dtype=torch.int64, device="cpu") for n in (num_rows + 1, blocks))
+        starts, dense = (torch.empty(n, dtype=torch.int64, device="cpu") for n in (num_rows + 1, num_blocks))
         return _Found(*self._room, starts, dense)
+
+    def _sampled(self, given: tuple[Any, ...], found: _Found) -> Sampled:
+        num_rows, size = len(found.starts) - 1, self.block_rows
+        firsts = [number * size for number, is_dense in enumerate(found.dense.tolist()) if is_dense]
+        blocks = [slice(first, min(first + size, num_rows)) for first in firsts]
+        return Sampled(blocks, functools.partial(self._packed, given, found))
 
     def _packed(self, given: tuple[Any, ...], found: _Found, rows: RowStatistics, wanted: Coefficients) -> Entries:
         """``given``: what all sweeps begin with."""

@@ -132,8 +132,8 @@ class RowKernels(Protocol):
     def statistics(self, products: Tensor, targets: Tensor, transform: Transform, sparse: bool = True) -> Partials:
         """Sweep 1 over (C, V) raw products, which it may overwrite. A target of -1 is in no column of this shard.
 
-        One sweep of a block: what it leaves in ``products`` is for the methods below. ``sparse``: whether
-        ``sparse_gradient`` may follow.
+        One sweep of a block: what it leaves in ``products`` is for the methods below. ``sparse``: whether what gives
+        sparse rows may follow.
         """
 
     def finish(self, partials: Partials) -> RowStatistics:
@@ -142,8 +142,8 @@ class RowKernels(Protocol):
     def gradient(self, products: Tensor, targets: Tensor, rows: RowStatistics, wanted: Coefficients,
                  transform: Transform, out: Tensor) -> None:  # fmt: skip
         """Sweep 2: (C, V) d loss / d products into ``out``. Of the block that ``statistics`` saw last, of any rows of
-        the panel that ``sparse_sweeps`` saw last, or, for kernels whose blocks wait for their entries (Triton's), of
-        any whose products are still there.
+        the panel that was sampled last (``SparsePanels``), or, for kernels whose blocks wait for their entries
+        (Triton's), of any whose products are still there.
 
         Zero at the target, whose entry is ``targets.gradient``. ``out`` is ``products`` itself, or a buffer in a
         narrower dtype.
@@ -151,15 +151,6 @@ class RowKernels(Protocol):
 
     def uniforms(self, seed: int, rows: Tensor) -> Tensor:
         """(C,) of the sample: ``uniforms.row_uniforms``, to the bit."""
-
-    def sparse_gradient(
-        self, products: Tensor, targets: Tensor, rows: RowStatistics, wanted: Coefficients, transform: Transform,
-        threshold: float, uniforms: Tensor,
-    ) -> Callable[[], Entries | None]:  # fmt: skip
-        """The same, sparsely (section "Sparse" of README.md); None where dense rows are cheaper.
-
-        To be called when the entries are wanted; ``products`` must be left alone until then.
-        """
 
     def add_times_weight(self, entries: Entries, weight: Tensor, out: Tensor) -> None:
         """``out += S @ weight``: (C, V) entries and (V, H) to (C, H)."""
@@ -172,6 +163,20 @@ class RowKernels(Protocol):
 
     def add_targets_transposed_times(self, value: Tensor, target: Tensor, hidden: Tensor, out: Tensor) -> None:
         """``out[target[t]] += value[t] * hidden[t]``: (M,) fp64 and (M, H) to (V, H), the same bits at every run."""
+
+
+@runtime_checkable
+class SparseBlocks(Protocol):
+    """Row kernels that make sparse rows a block at a time, from what the loss wants of them."""
+
+    def sparse_gradient(
+        self, products: Tensor, targets: Tensor, rows: RowStatistics, wanted: Coefficients, transform: Transform,
+        threshold: float, uniforms: Tensor,
+    ) -> Callable[[], Entries | None]:  # fmt: skip
+        """``gradient``, sparsely (section "Sparse" of README.md); None where dense rows are cheaper.
+
+        To be called when the entries are wanted; ``products`` must be left alone until then.
+        """
 
 
 _Given = ParamSpec("_Given")
@@ -211,15 +216,19 @@ class Sampled(NamedTuple):
 
 
 @runtime_checkable
-class SparseLaunch(Protocol):
-    """Row kernels that sweep and sample any number of blocks at once: which entries a row has depends on its
-    probabilities alone.
-    """
+class SparsePanels(Protocol):
+    """Row kernels that sample any number of blocks at once: which entries a row has its probabilities alone decide."""
 
     def sparse_sweeps(
         self, products: Tensor, targets: Tensor, transform: Transform, live: Tensor, threshold: float, uniforms: Tensor
     ) -> tuple[Partials, Sampled]:
         """Sweep 1 and the sample. ``live``: (C,) bool, rows of which the loss may want something."""
+
+    def sample(
+        self, products: Tensor, targets: Tensor, transform: Transform, rows: RowStatistics, live: Tensor,
+        threshold: float, uniforms: Tensor,
+    ) -> Sampled:  # fmt: skip
+        """The sample alone, of what ``statistics`` saw last, where other ranks have had their say in ``rows``."""
 
 
 @runtime_checkable
