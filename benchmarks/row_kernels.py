@@ -9,9 +9,9 @@ Floors are PyTorch's own loops over the same data, and the larger of the two cou
   exp, whichever is quicker. The sweeps compute one a logit each, both sweeps in one launch two.
 Of sparse rows: reading the tile sums, then gathering the tiles that hold an entry, with one exponential for each of
 their numbers. "Sweep 1 and sample" is both in one launch, and what the loss wants of the entries put in afterwards, as
-sparse rows have it; "sample, apart" is the same in a call of its own, as rows have it whose vocabulary is cut up among
-processes: these tell each other of sweep 1, which has kept tiles of the whole chunk, before it. Sweep 2 and both sweeps
-are for dense rows.
+sparse rows have it; "sample, apart" is the second half of that in a call of its own, as rows have it whose vocabulary
+is cut up among processes: these tell each other of sweep 1, which has kept tiles of the whole chunk, before it. Sweep 2
+and both sweeps are for dense rows.
 Of sparse products: a dot product of as many numbers as there are multiply-adds, from the second cache (two reads each,
 as the kernel's source row and sum), or one gather of the rows of W, or dW, that have an entry.
 """
@@ -102,7 +102,7 @@ class Kernels:
     def round(self) -> dict[str, float]:
         c, seconds = self.chunk, {}
         c.logits.copy_(c.products)
-        seconds["sweep 1"] = timed(lambda: [c.sweep_1(block, keep=False) for block in c.blocks])
+        seconds["sweep 1"] = timed(lambda: c.sweep_1(slice(len(c.targets)), keep=False))
         c.logits.copy_(c.products)  # rows are swept once: sweep 1 takes the targets out
         seconds["sweep 1, keeping tiles"] = timed(lambda: c.sweep_1(slice(len(c.targets)), keep=True))
         seconds["sample, apart"] = timed(c.sample)

@@ -5,10 +5,10 @@
 namespace aapo_fast {
 
 bool all_below(const int32_t *numbers, int64_t count, int64_t bound) {
-  uint32_t largest = 0; // a negative number is larger than any other; without a way out, so that it is done in vectors
+  uint32_t largest = 0; // without a way out of the loop, so that it is done in vectors
   for (int64_t i = 0; i < count; ++i)
-    largest = std::max(largest, uint32_t(numbers[i]));
-  return count == 0 || int64_t(largest) < bound;
+    largest = std::max(largest, uint32_t(numbers[i])); // a negative number is 2^31 at least
+  return count == 0 || int64_t(largest) < std::min(bound, int64_t(1) << 31);
 }
 
 bool ascending(const int32_t *numbers, int64_t count) { return std::is_sorted(numbers, numbers + count); }

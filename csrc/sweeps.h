@@ -6,8 +6,8 @@
 namespace aapo_fast {
 namespace {
 
-// A line of what comes so far after x[i], for each line that is read: a processor that fetches ahead by itself stops where a
-// page ends, and a page of logits is one panel.
+// A line of what comes so far after x[i], for each line that is read: a processor that fetches ahead by itself stops after
+// 4 KiB, which is one panel of logits. Beyond the end of memory a fetch does nothing.
 AAPO_INLINE void fetch_ahead(const float *x, int64_t i, int64_t distance) {
   if (i % LINE == 0)
     __builtin_prefetch(x + i + distance);

@@ -199,16 +199,20 @@ void sweeps(const Kernels &k, const Case &c) {
         expect_near(made[size_t(v)], v == targets[size_t(row)] || a[size_t(row)] == 0 ? 0 : t.p[size_t(v)], 1,
                     "probabilities of a panel");
     }
+    // The same bits from a panel that was swept before.
+    for (int64_t row = 0; row < n; ++row)
+      join_target(partials, row, row_max.data(), total.data());
     std::vector<int64_t> counts_apart(static_cast<size_t>(n)), is_dense_apart(static_cast<size_t>(num_blocks), -1);
-    const Found apart{columns.data(), p.data(), capacity, counts_apart.data(), means.data()};
+    std::vector<int32_t> columns_apart(columns.size());
+    std::vector<float> p_apart(p.size());
+    const Found apart{columns_apart.data(), p_apart.data(), capacity, counts_apart.data(), means.data()};
     sample_sparsely(k, block, chances, tiles, {uniforms.data(), 1e-7}, {block_rows, most, is_dense_apart.data()}, apart,
                     [](int64_t rows, const auto &work) { work(0, rows); });
-    for (int64_t row = 0; row < n; ++row) {
-      const double entries = double(counts[size_t(row)]), of_those = double(counts_apart[size_t(row)]);
-      expect(of_those == entries, "entries of a panel swept before", of_those, entries);
-      const bool same = is_dense_apart[size_t(row / block_rows)] == is_dense[size_t(row / block_rows)];
-      expect(same, "the choice of a panel swept before", double(row), 0);
-    }
+    expect(is_dense_apart == is_dense && counts_apart == counts, "the choice of a panel swept before", 0, 0);
+    for (int64_t row = 0; row < n; ++row)
+      for (int64_t e = row * capacity; e < row * capacity + counts[size_t(row)]; ++e)
+        expect(columns_apart[size_t(e)] == columns[size_t(e)] && p_apart[size_t(e)] == p[size_t(e)],
+               "an entry of a panel swept before", p_apart[size_t(e)], p[size_t(e)]);
     memory = given;
   }
   k.both_sweeps(block, a.data(), partials, 0, n);

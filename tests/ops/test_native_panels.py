@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from native_support import block
+from op_support import relative
 
 import aapo_fast as af
 from aapo_fast.ops import native
-from aapo_fast.ops.linear_policy import rows_native
+from aapo_fast.ops.linear_policy import rows_native, sizes
 from aapo_fast.ops.linear_policy.rows_native import NativeRows
 from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, RowStatistics, Transform, finish
 
@@ -17,7 +18,7 @@ if native.why_not() is not None:
 
 
 def by_blocks(products, targets, wanted, transform, threshold, uniforms, block_rows):
-    """The statistics, the entries and the blocks to be dense by the methods that take a block at a time."""
+    """The statistics, the entries and the blocks to be dense by ``statistics`` and ``sample``, a block a call."""
     kernels, parts, full = NativeRows(products), [], []
     entries = [Entries(torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32), torch.empty(0))]
     kernels.block_rows = block_rows
@@ -113,24 +114,38 @@ def losses_of(targets, logps):
     return {name: loss_of(objective) for name, objective in objectives.items()} | {"in the backward": in_the_backward}
 
 
+class OnlyShard(af.VocabularyShard):
+    """The whole vocabulary, as a shard whose group has no other."""
+
+    columns = property(lambda shard: shard.vocab_size)
+
+    def merged(self, partials):
+        return partials
+
+    def sum_(self, gradient):
+        pass
+
+
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("kind", ["some clipped", "of the log-probability", "of all three", "in the backward"])
 def test_a_whole_pass_by_either_road(kind, softcap, monkeypatch):
-    """Flat and peaked blocks in a panel, whatever the coefficients follow from: the same bits in two calls, as shards
-    of a vocabulary have them.
+    """Flat and peaked blocks in panels, whatever the coefficients follow from: the same bits in one call a panel and in
+    the two that shards of a vocabulary have.
     """
     monkeypatch.setattr(rows_native, "even_parts", lambda *_: 6)  # rows of a block
+    monkeypatch.setattr(sizes, "CHUNK_ROWS", 20)
     g = torch.Generator().manual_seed(1)
     hidden, weight = torch.randn(40, 16, generator=g), torch.randn(3000, 16, generator=g)
     hidden[6:12] *= 0.05
     targets = torch.randint(3000, (40,), generator=g)
     loss = losses_of(targets, af.linear_logprobs(hidden, weight, targets, softcap=softcap).logps)[kind]
     dense, unwanted = [], []
+    sparse = {"backward": "sparse", "sparsity_threshold": 2**-9}
 
-    def gradients():
+    def gradients(**more):
         x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        options = {"implementation": "native", "backward": "sparse", "sparsity_threshold": 2**-9, "softcap": softcap}
-        loss(x, w, **options).backward()
+        temperature = torch.linspace(0.8, 1.2, 40)
+        loss(x, w, implementation="native", temperature=temperature, softcap=softcap, **more).backward()
         return x.grad, w.grad
 
     def sparse_sweeps(kernels, products, targets, transform, live, *given, real=NativeRows.sparse_sweeps):
@@ -144,13 +159,9 @@ def test_a_whole_pass_by_either_road(kind, softcap, monkeypatch):
         return partials, sampled._replace(entries=entries)
 
     monkeypatch.setattr(NativeRows, "sparse_sweeps", sparse_sweeps)
-    at_once = gradients()
-    assert dense == [[slice(6, 12)]] and (unwanted[0] > 0) == (kind == "some clipped")
-
-    def in_two_calls(kernels, products, targets, transform, *how):
-        partials = kernels.statistics(products, targets, transform)
-        return partials, kernels.sample(products, targets, transform, finish(partials), *how)
-
-    monkeypatch.setattr(NativeRows, "sparse_sweeps", in_two_calls)
-    apart = gradients()
-    assert len(dense) == 1 and all(torch.equal(a, b) for a, b in zip(at_once, apart, strict=True))
+    at_once = gradients(**sparse)
+    assert dense == [[slice(6, 12)], []] and (sum(unwanted) > 0) == (kind == "some clipped")
+    apart = gradients(**sparse, vocabulary_shard=OnlyShard(None, 0, 3000))
+    assert len(dense) == 2 and all(torch.equal(a, b) for a, b in zip(at_once, apart, strict=True))
+    exact = gradients(backward="exact")[0]
+    assert relative(at_once[0][6:12], exact[6:12]) < 1e-6 and 1e-3 < relative(at_once[0], exact) < 0.5

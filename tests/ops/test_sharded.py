@@ -14,7 +14,7 @@ from torch import nn
 
 import aapo_fast as af
 from aapo_fast.ops import native
-from aapo_fast.ops.linear_policy import rows_native, rows_torch
+from aapo_fast.ops.linear_policy import rows_native, rows_torch, sizes
 from aapo_fast.ops.linear_policy.rows_native import NativeRows
 from aapo_fast.ops.linear_policy.statistics import Partials, finish, merge
 
@@ -97,28 +97,38 @@ def test_sparse_rows_that_are_empty_on_one_shard():
     on_two_processes(_peaked_rows_on_one_shard)
 
 
+class _Some(af.Regularized):
+    def active(self):
+        return (torch.arange(23)[:, None] != torch.tensor([0, 2, 3, 13, 20])).all(1)
+
+
 def _native_rows(rank, dense_share):
+    """Two panels, of blocks of a row; rows that do not count are sparse, of no entry, between dense ones."""
     rows_native.DENSE_SHARE = dense_share
-    real, were_dense = NativeRows.sample, []
+    rows_native.BLOCK_BYTES = rows_native.ROWS_A_THREAD = 1  # one row
+    sizes.CHUNK_ROWS = 12
+    real, dense = NativeRows.sample, []
 
     def sample(*given):
-        sampled = real(*given)
-        were_dense.append(bool(sampled.dense))
-        return sampled
+        dense.append(real(*given))
+        return dense[-1]
 
     NativeRows.sample = sample
     hidden, weight, targets, bias = problem(23, 8, 2101, bias=True)
     advantages, index = sequences(23)
-    objective = af.Regularized(af.GRPO(advantages, index, 23.0), 23.0, entropy_bonus=0.02)
+    objective = _Some(af.GRPO(advantages, index, 23.0), 23.0, entropy_bonus=0.02)
     truth, (dx, dw, db) = run("reference", (hidden, weight, targets, bias), objective)
     single = [t.float() for t in (hidden, weight, bias)]
     mine = [_part(t, rank).requires_grad_() for t in single[1:]]
     shard = af.VocabularyShard.from_local(len(mine[0]), dist.group.WORLD)
     options = {"vocabulary_shard": shard, "backward": "sparse", "sparsity_threshold": 2**-30}  # keeps every entry
-    ours, (pdx, pdw, pdb) = run("native", (single[0], mine[0], targets, mine[1]), objective, **options)
+    inputs = (single[0], mine[0], targets, mine[1])
+    ours, (pdx, pdw, pdb) = run("native", inputs, objective, **options, all_logps=True)
     for a, b in ((ours.loss, truth.loss), (pdx, dx), (pdw, _part(dw, rank)), (pdb, _part(db, rank))):
         assert relative(a.double(), b) < 3e-6
-    assert were_dense and all(dense == (dense_share < 1) for dense in were_dense)
+    for panel, sampled in zip(objective.active().split(12), dense, strict=True):
+        full = panel.nonzero().flatten().tolist() if dense_share < 1 else []
+        assert [block.start for block in sampled.dense] == full
 
 
 @pytest.mark.skipif(native.why_not() is not None, reason=native.describe())

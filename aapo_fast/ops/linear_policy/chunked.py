@@ -118,6 +118,7 @@ class Pass:
         self.products = Products(hidden, weight[:live], self.dtype)
         columns = live if call.shard is None else call.shard.columns
         self.wanted, self._weight_shape = wanted, weight.shape
+        self._threshold = call.threshold if self.wants_gradient() else None
         self._allocate(hidden.shape[0], live, columns)
         self._panel_number = 0
         if hidden.shape[0]:  # a GPU has begun while the host is still preparing the rest
@@ -129,12 +130,10 @@ class Pass:
         self.targets = torch.where(self.has_target & (here >= 0) & (here < live), here, -1)
         # -inf rules a token out. A large finite number does the same without the NaN of 0 * inf in the entropy.
         self.bias = None if bias is None else bias[:live].to(self.dtype).clamp(min=-1e30)
-        self._threshold = call.threshold if self.wants_gradient() else None
         self.kernels = row_kernels(call.implementation, self._logits[0], self._threshold is not None, columns)
-        kernels = self.kernels if self.wants_gradient() else None
-        self._sparse_panels: SparsePanels | None = kernels if isinstance(kernels, SparsePanels) else None
+        self._sparse_panels: SparsePanels | None = self.kernels if isinstance(self.kernels, SparsePanels) else None
         # Both sweeps at once are for rows that are whole, without other ranks.
-        whole = kernels if call.shard is None else None
+        whole = self.kernels if call.shard is None and self.wants_gradient() else None
         self._one_launch: OneLaunch | None = whole if isinstance(whole, OneLaunch) else None
         zeros = self._logits[0].new_zeros
         self._d_hidden = zeros(hidden.shape) if wanted[0] else None
@@ -153,7 +152,7 @@ class Pass:
         """Panels of logits; gradient rows have their place there, or a buffer that is made when it is needed."""
         device, narrow = self.hidden.device, self.products.gradient_dtype
         self._in_place = narrow == self.dtype
-        waits = self.call.threshold is not None and self.call.implementation == "triton" and not self._in_place
+        waits = self._threshold is not None and self.call.implementation == "triton" and not self._in_place
         num_panels = 2 if waits else 1
         # Of what all shards have agreed on: ranks whose blocks differ in size would wait for each other for ever.
         weight_bytes = columns * self.hidden.shape[1] * self.products.weight.itemsize
@@ -181,8 +180,11 @@ class Pass:
             yield panel, logits
 
     def cut(self, panel: slice, products: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Of each block of a panel the same; the panel, for kernels that sample it and cut it for themselves."""
-        if self._sampler() is not None:
+        """Of each block of a panel the same; the panel, for kernels that sample it and cut it for themselves.
+
+        Of shards they always have it: all ranks take the same rows at a time, and blocks follow from a rank's threads.
+        """
+        if self._sampler() is not None or (self._sparse_panels is not None and self.call.shard is not None):
             yield panel, products
             return
         for first in range(panel.start, panel.stop, self.kernels.block_rows):

@@ -26,7 +26,7 @@ LEFT_OUT = -1e30
 
 
 class TorchRows:
-    """``RowKernels`` in plain PyTorch, for any device and fp32 or fp64.
+    """``RowKernels`` and ``SparseBlocks`` in plain PyTorch, for any device and fp32 or fp64.
 
     Sweep 1 leaves ``shifted`` (logits less the largest of them) in the block and their exponentials in ``_exps``; both
     serve sweep 2 of the same block; under a soft-cap, so do the slopes in ``_slopes``. The target's logit becomes

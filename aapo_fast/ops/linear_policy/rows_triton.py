@@ -34,7 +34,9 @@ from aapo_fast.ops.linear_policy.statistics import (
 
 
 class TritonRows:
-    """``RowKernels`` and ``OneLaunch`` for fp32 products on a GPU. A block is the whole panel.
+    """``RowKernels``, ``OneLaunch``, ``SparseBlocks`` and ``LateProducts`` for fp32 products on a GPU.
+
+    A block is the whole panel.
 
     Args:
         chunk: a (C, V) buffer of logits, as blocks are views of.

@@ -267,7 +267,7 @@ def sparse_gradient(
     products: Tensor, targets: Tensor, tiles: Tiles, rows: RowStatistics, wanted: Coefficients, transform: Transform,
     threshold: float, uniforms: Tensor,
 ) -> Callable[[], Entries | None]:  # fmt: skip
-    """As in ``RowKernels``. What it returns waits for the device, to know how many entries there are."""
+    """As in ``SparseBlocks``. What it returns waits for the device, to know how many entries there are."""
     walk = (products, targets, tiles, rows, wanted, transform, threshold)
     plan = count(*walk, uniforms)
     read = _read_later(plan.told)
