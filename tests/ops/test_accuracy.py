@@ -21,12 +21,23 @@ def _several_chunks(monkeypatch):
     monkeypatch.setattr(sizes, "CHUNK_ROWS", 16)
 
 
+@pytest.mark.usefixtures("widened")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", accuracy.KINDS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_at_the_rounding_floor(implementation, kind, dtype):
     data = accuracy.make(kind, 48, 32, 997, dtype)
     assert not accuracy.complaints(data, accuracy.results(data, implementation), accuracy.truth(data))
+
+
+@pytest.mark.parametrize("kind", accuracy.KINDS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_by_bf16_instructions(implementation, kind, monkeypatch):
+    """Logits to fp32's rounding, gradient rows rounded once, as on a GPU."""
+    monkeypatch.setattr(products, "cpu_has_bf16", lambda: True)
+    data = accuracy.make(kind, 48, 32, 997, torch.bfloat16)
+    found, true = accuracy.results(data, implementation), accuracy.truth(data)
+    assert not accuracy.complaints(data, found, true, dense_bf16=True)
 
 
 @pytest.mark.parametrize("vocab", [49_152, 129_280, 151_936])

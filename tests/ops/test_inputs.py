@@ -57,6 +57,7 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens():
     assert relative(grad, plain * gap.exp().clamp(0.2, 4.0)[:, None]) < 1e-12
 
 
+@pytest.mark.usefixtures("widened")
 @pytest.mark.parametrize("backward", ["exact", "sparse"])
 def test_autocast_casts_operands_and_keeps_gradients_whole(backward):
     """As bf16 copies would compute it; the gradient of the fp32 parameter is not rounded to bf16 on the way."""

@@ -29,6 +29,7 @@ def test_torch_equals_reference_in_float64(shape, variant, name, monkeypatch):
         assert relative(grad, true_grad) < 1e-12 or true_grad.norm() == 0 == grad.norm()
 
 
+@pytest.mark.usefixtures("widened")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [0.3, 3.0], ids=["flat rows", "peaked rows"])
 def test_error_against_float64_is_the_rounding_of_the_result(dtype, scale):
@@ -52,6 +53,7 @@ def test_error_against_float64_is_the_rounding_of_the_result(dtype, scale):
     assert ours.logps.dtype == torch.float32
 
 
+@pytest.mark.usefixtures("widened")
 @pytest.mark.parametrize(("dtype", "upstream"), [(torch.bfloat16, 1 / 3), (torch.float16, 65536.0)])
 def test_the_upstream_scale_costs_no_rounding(dtype, upstream):
     """A loss over 200,000 tokens in fp16 lives by its loss scaler: unscaled, its gradient underflows."""
