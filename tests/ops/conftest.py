@@ -21,5 +21,5 @@ def sparse_whatever_it_costs(monkeypatch):
 
 @pytest.fixture
 def widened(monkeypatch):
-    """bf16 operands as on a CPU without bf16 instructions, which rounds no gradient row."""
-    monkeypatch.setattr(products, "cpu_has_bf16", lambda: False)
+    """bf16 operands as on a CPU without AMX, which rounds no gradient row."""
+    monkeypatch.setattr(products, "cpu_has_amx", lambda: False)

@@ -32,9 +32,9 @@ def test_at_the_rounding_floor(implementation, kind, dtype):
 
 @pytest.mark.parametrize("kind", accuracy.KINDS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_by_bf16_instructions(implementation, kind, monkeypatch):
+def test_by_amx(implementation, kind, monkeypatch):
     """Logits to fp32's rounding, gradient rows rounded once, as on a GPU."""
-    monkeypatch.setattr(products, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(products, "cpu_has_amx", lambda: True)
     data = accuracy.make(kind, 48, 32, 997, torch.bfloat16)
     found, true = accuracy.results(data, implementation), accuracy.truth(data)
     assert not accuracy.complaints(data, found, true, dense_bf16=True)
@@ -241,6 +241,7 @@ MUTATIONS = {
 }
 
 
+@pytest.mark.usefixtures("widened")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.__name__)
 def test_the_suite_sees_a_wrong_loss(mutation, dtype, monkeypatch):

@@ -250,7 +250,7 @@ def test_as_accurate_as_eager_fp32(variant, name):
         assert relative(grad, true_grad) < max(1e-6, 1.5 * relative(plain, true_grad))
 
 
-@pytest.mark.usefixtures("several_chunks")
+@pytest.mark.usefixtures("several_chunks", "widened")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", accuracy.KINDS)
 def test_at_the_rounding_floor(kind, dtype, level):

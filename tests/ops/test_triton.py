@@ -97,6 +97,7 @@ def test_sparse_falls_back_to_exact_rows_where_they_are_cheaper():
     assert all(relative(a, b) < 1e-6 for a, b in zip(ours, exact, strict=True))
 
 
+@pytest.mark.usefixtures("widened")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_operands(dtype):
     inputs = problem(40, 32, 499, dtype=dtype, scale=1.5)

@@ -152,7 +152,8 @@ class Pass:
         """Panels of logits; gradient rows have their place there, or a buffer that is made when it is needed."""
         device, narrow = self.hidden.device, self.products.gradient_dtype
         self._in_place = narrow == self.dtype
-        waits = self._threshold is not None and self.call.implementation == "triton" and not self._in_place
+        threshold = self._threshold if self.call.shard is None else self.call.threshold  # what no rank has otherwise
+        waits = threshold is not None and self.call.implementation == "triton" and not self._in_place
         num_panels = 2 if waits else 1
         # Of what all shards have agreed on: ranks whose blocks differ in size would wait for each other for ever.
         weight_bytes = columns * self.hidden.shape[1] * self.products.weight.itemsize
@@ -180,9 +181,8 @@ class Pass:
             yield panel, logits
 
     def cut(self, panel: slice, products: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Of each block of a panel the same; the panel, for kernels that sample it and cut it for themselves.
-
-        Of shards they always have it: all ranks take the same rows at a time, and blocks follow from a rank's threads.
+        """Of each block of a panel the same; the panel, for kernels that cut it for themselves to sample it, or whose
+        blocks follow from a rank's threads: all ranks of a head in pieces take the same rows at a time.
         """
         if self._sampler() is not None or (self._sparse_panels is not None and self.call.shard is not None):
             yield panel, products

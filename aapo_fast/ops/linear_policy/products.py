@@ -5,9 +5,9 @@ Four roads, by what the operands are and what the hardware offers:
 - SAME: operands in the compute dtype. The vendor's GEMM, accumulating in place.
 - FP32_OUTPUT: both operands bf16 on CUDA. The vendor's GEMM with fp32 output (``out_dtype``), so that logits are not
   rounded; the gradient rows are rounded once to bf16 before the two products that consume them.
-- BF16_INSIDE: both operands bf16 on a CPU with bf16 instructions. They are widened, and oneDNN is told that it may
-  round fp32 operands to bf16 inside a product. That brings widened operands back as they were; accumulation and output
-  are fp32, and gradient rows are rounded as above. Twice as quick as WIDEN.
+- BF16_INSIDE: both operands bf16 on a CPU with AMX. They are widened, and oneDNN is told that it may round fp32
+  operands to bf16 inside a product. That brings widened operands back as they were; accumulation and output are fp32,
+  and gradient rows are rounded as above. Twice as quick as WIDEN.
 - WIDEN: anything else (low precision on the CPU, mixed dtypes, fp16, in which gradient rows divided by many tokens
   would underflow). The weight is widened to the compute dtype, slower and no less accurate: once on the CPU, slab by
   slab on a GPU, where memory is dear.
@@ -16,9 +16,11 @@ Four roads, by what the operands are and what the hardware offers:
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,34 +42,52 @@ def choose_road(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Road:
     if hidden.dtype == weight.dtype == torch.bfloat16 and dtype == torch.float32:
         if hidden.is_cuda:
             return Road.FP32_OUTPUT
-        if hidden.device.type == "cpu" and cpu_has_bf16():
+        if hidden.device.type == "cpu" and cpu_has_amx():
             return Road.BF16_INSIDE
     return Road.WIDEN
 
 
 @functools.cache
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 numbers in instructions of its own, and PyTorch by them."""
-    here = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.backends.mkldnn.is_available() and here
+def cpu_has_amx() -> bool:
+    """Whether oneDNN has tiles for bf16 numbers here. By AVX512-BF16 alone it would round no operand that is fp32."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
 
 
-@contextmanager
-def bf16_inside() -> Iterator[None]:
-    """oneDNN may round the operands of fp32 products to bf16.
+class _BF16Inside:
+    """A context in which oneDNN may round the operands of fp32 products to bf16.
 
     PyTorch has this as a setting of the process, not of a call: a thread that multiplies fp32 matrices on the CPU
-    meanwhile has it too.
+    meanwhile has it too. It is put back when no thread is inside any more. An own value that was equal to the wider
+    setting's (``torch.backends.fp32_precision``) is left to that one then: PyTorch does not tell them apart.
     """
-    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = products.fp32_precision
-    products.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        products.fp32_precision = "none"  # which is what a wider setting says
-        if products.fp32_precision != before:
-            products.fp32_precision = before
+
+    def __init__(self) -> None:
+        self._lock, self._num_inside, self._before = threading.Lock(), 0, "none"
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._num_inside += 1
+            if self._num_inside == 1:
+                self._before = self._setting().fp32_precision
+                self._set("bf16")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if self._num_inside == 0 and self._before != "bf16":
+                self._set("none")  # which is what the wider setting says
+                self._set(self._before)
+
+    def _set(self, precision: str) -> None:
+        if self._setting().fp32_precision != precision:
+            self._setting().fp32_precision = precision
+
+    @staticmethod
+    def _setting() -> Any:
+        return torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+
+bf16_inside = _BF16Inside()
 
 
 class Products:
@@ -79,7 +99,7 @@ class Products:
         dtype: the compute dtype.
 
     Attributes:
-        gradient_dtype: what gradient rows are rounded to before they are multiplied.
+        gradient_dtype: what gradient rows are kept in until they are multiplied.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
@@ -127,7 +147,7 @@ class Products:
                 torch.mm(d.t(), x.to(self.dtype), out=out)
 
     def _precision(self) -> AbstractContextManager[None]:
-        return bf16_inside() if self.road is Road.BF16_INSIDE else nullcontext()
+        return bf16_inside if self.road is Road.BF16_INSIDE else nullcontext()
 
     def _slabs(self) -> Iterator[tuple[slice, Tensor]]:
         if self.weight.dtype == self.dtype:
