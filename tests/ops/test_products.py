@@ -50,9 +50,8 @@ def test_the_setting_is_what_it_was(wide, narrow):
     with pytest.raises(ZeroDivisionError), bf16_inside:
         raise ZeroDivisionError
     assert SETTING.fp32_precision == before
-    torch.backends.fp32_precision = (
-        "ieee"  # an own value that was equal to the wider one is that one's now, but for bf16
-    )
+    torch.backends.fp32_precision = "ieee"
+    # An own value that was equal to the wider one is that one's now, but for bf16, which is left alone.
     inherited = narrow == "none" or narrow == wide != "bf16"
     assert SETTING.fp32_precision == ("ieee" if inherited else narrow)
 
