@@ -78,8 +78,11 @@ def test_merged_and_bare_states_are_checkpoints_of_the_model(family):
 
 
 def test_gradients_are_those_of_the_plain_loss():
-    """Packed with shared prompts through the fused head, against one forward pass a completion and log_softmax."""
-    model, _ = adapted()
+    """Packed with shared prompts through the fused head, against one forward pass a completion and log_softmax.
+
+    In float64, but for norms and rotary angles, which the model computes in fp32.
+    """
+    model = adapted()[0].double()
     policy = Policy(model, support.tokenizer(), temperature=1.0)
     num_tokens = sum(len(w.sample.token_ids) for w in SAMPLES)
     out = policy.loss(policy.batch(SAMPLES), num_tokens)
@@ -94,7 +97,7 @@ def test_gradients_are_those_of_the_plain_loss():
         (-w.advantage * picked.sum() / num_tokens).backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            assert relative(ours[name], parameter.grad) < 1e-5
+            assert relative(ours[name], parameter.grad) < 1e-6
 
 
 def test_the_reference_is_the_model_without_its_adapter():
