@@ -36,7 +36,7 @@ def relative(a, b):
 
 
 def test_beside_dense_rows_in_bfloat16(states):
-    """A draw is about as far off, over a thousand tokens 1.1 to 1.4 times (docs/accuracy.md); the mean of four is nearer.
+    """A draw is about as far off, over a thousand tokens 1.1 to 1.4 times (docs/accuracy.md); a mean of four is nearer.
 
     Fewer than a hundred tokens here, and which are drawn depends on how a machine rounds: on an EPYC a draw is nearer
     than dense rows, on a Xeon, which draws others, it is 1.02 times as far off.
