@@ -105,7 +105,8 @@ Sample sample_of(const Tensor &uniforms, double threshold, const Block &block) {
 Choice choice_of(const Tensor &dense, int64_t block_rows, double most_a_row, const Block &block) {
   STD_TORCH_CHECK(block_rows > 0, "aapo_fast_native: block_rows must be at least 1");
   const int64_t num_rows = block.num_rows, num_blocks = num_rows / block_rows + (num_rows % block_rows != 0);
-  return {std::min(block_rows, std::max<int64_t>(num_rows, 1)), most_a_row, vector_of<int64_t>(dense, num_blocks, "dense")};
+  int64_t *is_dense = vector_of<int64_t>(dense, num_blocks, "dense");
+  return {std::min(block_rows, std::max<int64_t>(num_rows, 1)), most_a_row, is_dense};
 }
 
 // Without the counts and the means.

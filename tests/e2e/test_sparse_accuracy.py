@@ -36,11 +36,7 @@ def relative(a, b):
 
 
 def test_beside_dense_rows_in_bfloat16(states):
-    """A draw is about as far off, over a thousand tokens 1.1 to 1.4 times (docs/accuracy.md); a mean of four is nearer.
-
-    Fewer than a hundred tokens here, and which are drawn depends on how a machine rounds: on an EPYC a draw is nearer
-    than dense rows, on a Xeon, which draws others, it is 1.02 times as far off.
-    """
+    """Fewer than a hundred tokens. Over a thousand, one draw is 1.1 to 1.4 times as far off (docs/accuracy.md)."""
     hidden, weight, targets = states
     n = targets.numel()
     coefficients = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / n
@@ -62,5 +58,5 @@ def test_beside_dense_rows_in_bfloat16(states):
     for index in range(2):
         errors = [relative(d[index], exact[index]) for d in draws]
         mean = relative(sum(d[index] for d in draws) / 4, exact[index])
-        assert sum(errors) / 4 < 1.4 * dense[index] and mean < dense[index]
+        assert sum(errors) / 4 <= dense[index]
         assert mean < 0.7 * sum(errors) / 4  # unbiased: the mean of four draws is about twice as close
