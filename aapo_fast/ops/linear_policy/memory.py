@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import weakref
+from collections import deque
 
 import torch
 from torch import Tensor
 
 HUGE_PAGE = 2 * 2**20
 
+_kept: deque[mmap.mmap] = deque(maxlen=1)
+"""The buffer of the last pass on a CPU, for the next one. Who takes it takes it out: append and pop are atomic."""
+
 
 def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(rows, columns), uninitialised. On a GPU rows start at multiples of 256 bytes, for the vendor's fastest products.
 
-    On a CPU it lies in pages of 2 MiB where Linux grants them to who asks ("madvise", its usual setting). It is new
-    memory in every call: in pages of 4 KiB the first touch costs tens of thousands of faults, and each tile that sparse
-    rows open a miss of the TLB. (dW does not: its pages outlive the call, and most of them may stay untouched.)
+    On a CPU it lies in pages of 2 MiB where Linux grants them to who asks ("madvise", its usual setting), for each tile
+    that sparse rows open would be a miss of the TLB in pages of 4 KiB; and it is the memory of the pass before, for new
+    pages have to be found and cleared, a tenth of a pass and more. Between passes the system may take it back at any
+    time without writing it out (``MADV_FREE``). (dW has ordinary memory: its pages outlive the call, and most of them
+    may stay untouched.)
     """
     if device.type == "cpu":
         return _in_huge_pages(rows * columns, dtype).view(rows, columns)
@@ -26,11 +34,31 @@ def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
 def _in_huge_pages(numel: int, dtype: torch.dtype) -> Tensor:
     """So many numbers; in ordinary memory if they are few or the system has no such pages."""
     size = numel * dtype.itemsize
-    if size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+    if size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE") and hasattr(mmap, "MADV_FREE"):
         try:
-            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            memory.madvise(mmap.MADV_HUGEPAGE)
-            return torch.frombuffer(memory, dtype=dtype)
+            return torch.frombuffer(_lease(size), dtype=dtype, count=numel)
         except OSError:  # a kernel without them, or no memory: PyTorch says that in its own words
             pass
     return torch.empty(numel, dtype=dtype, device="cpu")
+
+
+def _lease(size: int) -> ctypes.Array[ctypes.c_char]:
+    """So many bytes, of what is kept if that is enough; kept again when nobody has them any more."""
+    try:
+        memory = _kept.pop()
+    except IndexError:
+        memory = None
+    if memory is None or len(memory) < size:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    lease = (ctypes.c_char * size).from_buffer(memory)
+    weakref.finalize(lease, _keep, memory).atexit = False
+    return lease
+
+
+def _keep(memory: mmap.mmap) -> None:
+    try:
+        memory.madvise(mmap.MADV_FREE)
+    except OSError:  # a kernel before 4.5: it goes back at once
+        return
+    _kept.append(memory)
