@@ -2,6 +2,9 @@
 
 import mmap
 import os
+import platform
+import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +13,8 @@ import torch
 from op_support import problem, run
 
 import aapo_fast as af
-from aapo_fast.ops.linear_policy.memory import HUGE_PAGE, aligned
+from aapo_fast.ops import native
+from aapo_fast.ops.linear_policy.memory import HUGE_PAGE, aligned, weight_gradient
 
 CPU = torch.device("cpu")
 LARGE = (3, HUGE_PAGE // 4 + 5)
@@ -20,6 +24,8 @@ KEEPS = pytest.mark.skipif(
     not (hasattr(mmap, "MADV_HUGEPAGE") and hasattr(mmap, "MADV_FREE") and Path("/proc/self/smaps").exists()),
     reason="this system does not list its mappings or has no MADV_FREE",
 )
+
+NATIVE = pytest.mark.skipif(native.why_not() is not None, reason=native.describe())
 
 
 def mapping(address: int) -> dict[str, list[str]]:
@@ -118,3 +124,39 @@ def test_a_forked_process_writes_on_its_own_copy():
         x.numpy()[:] = 1.0  # PyTorch's threads are not there after a fork
         os._exit(0 if x.numpy().all() else 1)
     assert os.waitpid(child, 0)[1] == 0 and not x.any()
+
+
+@NATIVE
+@pytest.mark.skipif(
+    sys.platform != "linux" or tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (5, 14),
+    reason="MADV_POPULATE_WRITE came with Linux 5.14",
+)
+@pytest.mark.parametrize("offset", [0, 1, 1023, 1024 * 1024 + 3])
+def test_fresh_memory_is_made_present_and_nothing_around_it(offset):
+    """Found by the kernel's own count of the pages of a mapping that are there."""
+    memory = mmap.mmap(-1, 8 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    x = torch.frombuffer(memory, dtype=torch.float32)
+    kilobytes = 4 * x[offset : 5 * HUGE_PAGE // 4].numel() // 1024
+    native.operators().make_present(x[offset : 5 * HUGE_PAGE // 4])
+    there = int(mapping(x.data_ptr())["Rss"][0])
+    assert kilobytes - 8 <= there <= kilobytes
+    assert not x.any()
+
+
+@NATIVE
+def test_memory_that_is_there_keeps_what_is_written_on_it():
+    for size in (0, 1, 1023, 3 * HUGE_PAGE // 4 + 1):
+        x = torch.arange(float(size))
+        native.operators().make_present(x)
+        assert torch.equal(x, torch.arange(float(size)))
+
+
+@pytest.mark.parametrize("implementation", ["torch", *(["native"] if native.why_not() is None else [])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_weight_gradient_is_a_tensor_like_others(implementation, dtype):
+    shape, like = torch.Size((1001, 1003)), torch.empty(0, dtype=dtype)
+    x = weight_gradient(shape, like, implementation, zeros=True)
+    assert x.shape == shape and x.dtype == dtype and not x.any()
+    x.resize_(2000, 1003)  # as of an optimizer's
+    assert weight_gradient(shape, like, implementation, zeros=False).fill_(1.0).sum() == shape.numel()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aapo_fast.objectives import LinearWeights
 from aapo_fast.ops.linear_policy import targets as at_targets
-from aapo_fast.ops.linear_policy.memory import aligned
+from aapo_fast.ops.linear_policy.memory import aligned, weight_gradient
 from aapo_fast.ops.linear_policy.products import Products
 from aapo_fast.ops.linear_policy.rows import row_kernels
 from aapo_fast.ops.linear_policy.sharded import VocabularyShard
@@ -327,16 +327,16 @@ class Pass:
                 self.products.hidden_gradient(d, self._d_hidden[rows])
             if self.wanted[1]:
                 first = self._d_weight is None
-                d_weight = self._weight_gradient(torch.empty)
+                d_weight = self._weight_gradient(zeros=False)
                 self.products.weight_gradient(d, rows, d_weight[: self.call.vocab_size], add=not first)
             if self._d_bias is not None:
                 self._d_bias[: self.call.vocab_size] += d.sum(0, dtype=self.dtype)
         self._dense_blocks = []
 
-    def _weight_gradient(self, make: Callable[..., Tensor]) -> Tensor:
-        """The accumulator. The first dense rows write it instead of adding to zeros, which need not be made."""
+    def _weight_gradient(self, zeros: bool) -> Tensor:
+        """The accumulator. The first dense rows write it instead of adding to zeros."""
         if self._d_weight is None:
-            self._d_weight = make(self._weight_shape, dtype=self.dtype, device=self.hidden.device)
+            self._d_weight = weight_gradient(self._weight_shape, self._logits[0], self.call.implementation, zeros)
             self._d_weight[self.call.vocab_size :] = 0
         return self._d_weight
 
@@ -350,7 +350,7 @@ class Pass:
         if self._d_hidden is not None:
             self.kernels.add_times_weight(entries, self.products.weight, self._d_hidden[rows])
         if self.wanted[1] and spend_weight:
-            self.kernels.add_transposed_times(entries, hidden, self._weight_gradient(torch.zeros)[:live])
+            self.kernels.add_transposed_times(entries, hidden, self._weight_gradient(zeros=True)[:live])
         if self._d_bias is not None:
             # A product with ones, and not a scatter: that would add in any order on a GPU.
             ones = hidden.new_ones(len(hidden), 1, dtype=self.dtype)
@@ -371,7 +371,7 @@ class Pass:
         late = self._late_weight_gradient(value)
         self._flush(spend_weight=late is None)
         if self.wanted[1] and late is None:
-            self._weight_gradient(torch.zeros)
+            self._weight_gradient(zeros=True)
         self._add_targets(value)
         if self.call.shard is not None and self._d_hidden is not None:
             self.call.shard.sum_(self._d_hidden)
