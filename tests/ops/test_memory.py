@@ -14,18 +14,31 @@ from op_support import problem, run
 
 import aapo_fast as af
 from aapo_fast.ops import native
+from aapo_fast.ops.linear_policy import memory
 from aapo_fast.ops.linear_policy.memory import HUGE_PAGE, aligned, weight_gradient
 
 CPU = torch.device("cpu")
 LARGE = (3, HUGE_PAGE // 4 + 5)
 
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 KEEPS = pytest.mark.skipif(
-    not (hasattr(mmap, "MADV_HUGEPAGE") and hasattr(mmap, "MADV_FREE") and Path("/proc/self/smaps").exists()),
-    reason="this system does not list its mappings or has no MADV_FREE",
+    not (hasattr(mmap, "MADV_HUGEPAGE") and HUGE_PAGES.exists() and Path("/proc/self/smaps").exists()),
+    reason="this system has no transparent huge pages or does not list its mappings",
 )
 
+POPULATES = pytest.mark.skipif(
+    sys.platform != "linux" or tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (5, 14),
+    reason="MADV_POPULATE_WRITE came with Linux 5.14",
+)
 NATIVE = pytest.mark.skipif(native.why_not() is not None, reason=native.describe())
+
+IMPLEMENTATIONS = ["torch", *(["native"] if native.why_not() is None else [])]
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    memory._kept.clear()
 
 
 def mapping(address: int) -> dict[str, list[str]]:
@@ -53,10 +66,7 @@ def test_they_are_tensors_like_others(shape, dtype):
     assert bool((x + x == 4).all())
 
 
-@pytest.mark.skipif(
-    not hasattr(mmap, "MADV_HUGEPAGE") or not Path("/sys/kernel/mm/transparent_hugepage").exists(),
-    reason="this system has no transparent huge pages",
-)
+@KEEPS
 def test_large_ones_ask_for_huge_pages():
     assert "hg" in mapping(aligned(*LARGE, torch.float32, CPU).data_ptr())["VmFlags"]
 
@@ -100,20 +110,36 @@ def test_threads_have_their_own():
             future.result()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("backward", ["exact", "sparse"])
-def test_what_the_pass_before_left_there_changes_nothing(backward):
-    """A buffer of 40 x 40,001 numbers in fp32, of the fastest implementation that runs here."""
-    inputs, weights = problem(40, 16, 40_001, torch.float32), torch.arange(40) % 3 - 0.5
+def test_what_the_pass_before_left_there_changes_nothing(backward, implementation, dtype):
+    """A buffer of 40 x 40,001 numbers in fp32."""
+    inputs, weights = problem(40, 16, 40_001, dtype), torch.arange(40) % 3 - 0.5
     how = {"backward": backward, "seed": 3, "softcap": 30.0}
 
     def everything():
-        out, gradients = run("auto", inputs, af.SFT(40.0, weights=weights), **how)
+        out, gradients = run(implementation, inputs, af.SFT(40.0, weights=weights), **how)
         return out.loss.detach(), out.logps, out.entropy, *gradients
 
     fresh = everything()
     for left in (float("nan"), float("inf"), 1e30):
         aligned(40, 40_001, torch.float32, CPU).fill_(left)
         assert all(torch.equal(a, b) for a, b in zip(everything(), fresh, strict=True))
+
+
+@KEEPS
+def test_a_fork_shares_nothing_that_is_kept():
+    x = aligned(*LARGE, torch.float32, CPU).fill_(0)
+    address = x.data_ptr()
+    del x
+    assert mapping(address)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if not memory._kept else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    with pytest.raises(AssertionError, match="no mapping holds"):
+        mapping(address)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
@@ -127,20 +153,18 @@ def test_a_forked_process_writes_on_its_own_copy():
 
 
 @NATIVE
-@pytest.mark.skipif(
-    sys.platform != "linux" or tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (5, 14),
-    reason="MADV_POPULATE_WRITE came with Linux 5.14",
-)
+@POPULATES
 @pytest.mark.parametrize("offset", [0, 1, 1023, 1024 * 1024 + 3])
 def test_fresh_memory_is_made_present_and_nothing_around_it(offset):
     """Found by the kernel's own count of the pages of a mapping that are there."""
     memory = mmap.mmap(-1, 8 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_NOHUGEPAGE)
     x = torch.frombuffer(memory, dtype=torch.float32)
-    kilobytes = 4 * x[offset : 5 * HUGE_PAGE // 4].numel() // 1024
-    native.operators().make_present(x[offset : 5 * HUGE_PAGE // 4])
-    there = int(mapping(x.data_ptr())["Rss"][0])
-    assert kilobytes - 8 <= there <= kilobytes
+    fresh = x[offset : 5 * HUGE_PAGE // 4]
+    before = int(mapping(x.data_ptr())["Rss"][0])
+    native.operators().make_present(fresh)
+    there = (int(mapping(x.data_ptr())["Rss"][0]) - before) * 1024
+    assert fresh.nbytes - 2 * mmap.PAGESIZE <= there <= fresh.nbytes
     assert not x.any()
 
 
@@ -152,7 +176,7 @@ def test_memory_that_is_there_keeps_what_is_written_on_it():
         assert torch.equal(x, torch.arange(float(size)))
 
 
-@pytest.mark.parametrize("implementation", ["torch", *(["native"] if native.why_not() is None else [])])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_weight_gradient_is_a_tensor_like_others(implementation, dtype):
     shape, like = torch.Size((1001, 1003)), torch.empty(0, dtype=dtype)
@@ -160,3 +184,13 @@ def test_a_weight_gradient_is_a_tensor_like_others(implementation, dtype):
     assert x.shape == shape and x.dtype == dtype and not x.any()
     x.resize_(2000, 1003)  # as of an optimizer's
     assert weight_gradient(shape, like, implementation, zeros=False).fill_(1.0).sum() == shape.numel()
+
+
+@NATIVE
+@POPULATES
+def test_a_weight_gradient_has_its_pages_with_the_native_library_alone():
+    for implementation, share in (("native", 1.0), ("torch", 0.0)):
+        x = weight_gradient(torch.Size((40_000, 512)), torch.empty(0), implementation, zeros=False)
+        there = int(mapping(x.data_ptr() + HUGE_PAGE)["Rss"][0]) * 1024
+        assert there / x.nbytes == pytest.approx(share, abs=0.05)
+        del x

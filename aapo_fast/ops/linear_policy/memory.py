@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import weakref
 from collections import deque
 
@@ -14,8 +15,14 @@ from aapo_fast.ops import native
 
 HUGE_PAGE = 2 * 2**20
 
+MADV_FREE = getattr(mmap, "MADV_FREE", 8)
+"""Some Pythons are built with headers that lack the name. Used on Linux alone."""
+
 _kept: deque[mmap.mmap] = deque(maxlen=1)
 """The buffer of the last pass on a CPU, for the next one. Who takes it takes it out: append and pop are atomic."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_kept.clear)  # both processes would copy it page by page
 
 
 def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -50,7 +57,7 @@ def weight_gradient(shape: torch.Size, like: Tensor, implementation: str, zeros:
 def _in_huge_pages(numel: int, dtype: torch.dtype) -> Tensor:
     """So many numbers; in ordinary memory if they are few or the system has no such pages."""
     size = numel * dtype.itemsize
-    if size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE") and hasattr(mmap, "MADV_FREE"):
+    if size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             return torch.frombuffer(_lease(size), dtype=dtype, count=numel)
         except OSError:  # a kernel without them, or no memory: PyTorch says that in its own words
@@ -65,6 +72,7 @@ def _lease(size: int) -> ctypes.Array[ctypes.c_char]:
     except IndexError:
         memory = None
     if memory is None or len(memory) < size:
+        del memory  # it goes back before more is asked for
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
     lease = (ctypes.c_char * size).from_buffer(memory)
@@ -74,7 +82,7 @@ def _lease(size: int) -> ctypes.Array[ctypes.c_char]:
 
 def _keep(memory: mmap.mmap) -> None:
     try:
-        memory.madvise(mmap.MADV_FREE)
+        memory.madvise(MADV_FREE)
     except OSError:  # a kernel before 4.5: it goes back at once
         return
     _kept.append(memory)
