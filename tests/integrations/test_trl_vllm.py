@@ -1,7 +1,8 @@
 """TRL's trainers with TRL's vLLM engine in the process: real weights, synced by TRL, sampled by vLLM.
 
 vLLM packs the weights of its linear layers on a CPU, and TRL's sync writes to where they were: with PyTorch's products
-in the place of oneDNN's (``_supports_onednn``) they stay where they are, as on a GPU.
+in the place of oneDNN's (``_supports_onednn``) and, for small bfloat16 weights where there is AMX, of another library's
+(``check_cpu_sgl_kernel``) they stay where they are, as on a GPU.
 """
 
 import functools
@@ -39,6 +40,7 @@ if WHY_SKIPPED is not None:
 
 import trl.generation.vllm_generation
 import vllm._custom_ops
+import vllm.model_executor.layers.utils
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -49,6 +51,7 @@ ROUNDING = 2e-5
 def on_a_cpu(monkeypatch):
     """vLLM's settings for a small CPU; the engine itself is TRL's."""
     monkeypatch.setattr(vllm._custom_ops, "_supports_onednn", False)
+    monkeypatch.setattr(vllm.model_executor.layers.utils, "check_cpu_sgl_kernel", lambda *_: False)
     for name, value in CPU_SETTINGS.items():
         monkeypatch.setenv(name, value)
     engine_dtype("float32", monkeypatch)
