@@ -167,9 +167,9 @@ def test_a_forked_process_writes_on_its_own_copy():
 @POPULATES
 @pytest.mark.parametrize("offset", [0, 1, 1023, 1024 * 1024 + 3])
 def test_fresh_memory_is_made_present_and_nothing_around_it(offset):
-    memory = mmap.mmap(-1, 8 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_NOHUGEPAGE)
-    x = torch.frombuffer(memory, dtype=torch.float32)
+    mapped = mmap.mmap(-1, 8 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapped.madvise(mmap.MADV_NOHUGEPAGE)
+    x = torch.frombuffer(mapped, dtype=torch.float32)
     fresh = x[offset : 5 * HUGE_PAGE // 4]
     assert bytes_present(x) == 0
     native.operators().make_present(fresh)
