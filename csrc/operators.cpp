@@ -20,15 +20,10 @@
 #include <string>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 namespace aapo_fast {
 namespace {
 
-constexpr int64_t INTERFACE = 9;
+constexpr int64_t INTERFACE = 10;
 constexpr int64_t GRAIN = 1 << 15; // logits below which a second thread costs more than it brings
 
 // Calls work(begin, end) for parts of so many rows of a block, on PyTorch's threads.
@@ -203,28 +198,6 @@ void add_transposed_times(const Tensor &row, const Tensor &column, const Tensor 
   add_gathered(k, g, num_columns);
 }
 
-// --- operators: memory ----------------------------------------------------------------------------------------------
-
-constexpr int64_t PIECE = 1 << 22; // bytes that a thread asks for at least
-
-// Has the system find the pages of memory that nobody has written on yet, many at a time and on all threads: one at a
-// time, at the first touches of a matrix product, they take longer. Where it does not know how, they come like that.
-void make_present(const Tensor &fresh) {
-  const auto begin = reinterpret_cast<uintptr_t>(vector_of<float>(fresh, fresh.numel(), "fresh"));
-#ifdef __linux__
-  constexpr int POPULATE_WRITE = 23; // MADV_POPULATE_WRITE, since Linux 5.14; older headers lack the name
-  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + uintptr_t(fresh.numel()) * 4) / page * page;
-  const int64_t num_pieces = first < last ? (int64_t(last - first) + PIECE - 1) / PIECE : 0;
-  torch::stable::parallel_for(0, num_pieces, 1, [=](int64_t from, int64_t to) {
-    const uintptr_t start = first + uintptr_t(from * PIECE), stop = std::min(last, first + uintptr_t(to * PIECE));
-    madvise(reinterpret_cast<void *>(start), stop - start, POPULATE_WRITE);
-  });
-#else
-  (void)begin;
-#endif
-}
-
 // --- operators: for tests and for doctor -----------------------------------------------------------------------------
 
 // Of x <= 0.
@@ -273,7 +246,6 @@ STABLE_TORCH_LIBRARY(aapo_fast_native, m) {
   m.def("add_times_weight(Tensor row, Tensor column, Tensor value, Tensor weight, Tensor(a!) out, int level) -> ()");
   m.def(
       "add_transposed_times(Tensor row, Tensor column, Tensor value, Tensor hidden, Tensor(a!) out, int level) -> ()");
-  m.def("make_present(Tensor(a!) fresh) -> ()");
   m.def("exp(Tensor x, Tensor(a!) out, int level) -> ()");
   m.def("interface() -> int");
   m.def("describe() -> str");
@@ -288,7 +260,6 @@ STABLE_TORCH_LIBRARY_IMPL(aapo_fast_native, CPU, m) {
   m.impl("pack_entries", TORCH_BOX(&aapo_fast::pack_entries));
   m.impl("add_times_weight", TORCH_BOX(&aapo_fast::add_times_weight));
   m.impl("add_transposed_times", TORCH_BOX(&aapo_fast::add_transposed_times));
-  m.impl("make_present", TORCH_BOX(&aapo_fast::make_present));
   m.impl("exp", TORCH_BOX(&aapo_fast::exp));
 }
 

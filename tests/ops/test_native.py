@@ -149,16 +149,8 @@ def test_operators_pass_opcheck_and_compile(name, level):
     assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True) if isinstance(a, torch.Tensor))
 
 
-def test_make_present_passes_opcheck_and_compiles():
-    assert {*operator_calls(), "make_present"} == set(native._OPERATORS)
-    operator, fresh = native.operators().make_present.default, torch.rand(3 * 2**20)
-    torch.library.opcheck(operator, (fresh,))
-    before = fresh.clone()
-    torch.compile(operator, backend="aot_eager", fullgraph=True)(fresh)
-    assert torch.equal(fresh, before)
-    for wrong in (fresh.double(), fresh[::2], fresh.view(2, -1)):
-        with pytest.raises(RuntimeError, match="fresh must be"):
-            operator(wrong)
+def test_every_operator_is_among_them():
+    assert set(operator_calls()) == set(native._OPERATORS)
 
 
 def test_what_operators_refuse():

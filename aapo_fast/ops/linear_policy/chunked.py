@@ -336,7 +336,7 @@ class Pass:
     def _weight_gradient(self, zeros: bool) -> Tensor:
         """The accumulator. The first dense rows write it instead of adding to zeros."""
         if self._d_weight is None:
-            self._d_weight = weight_gradient(self._weight_shape, self._logits[0], self.call.implementation, zeros)
+            self._d_weight = weight_gradient(self._weight_shape, self._logits[0], zeros)
             self._d_weight[self.call.vocab_size :] = 0
         return self._d_weight
 

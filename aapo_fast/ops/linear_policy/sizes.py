@@ -13,7 +13,7 @@ import torch
 
 from aapo_fast.ops.linear_policy.rows_torch import even_parts
 
-CHUNK_ROWS = 512
+CHUNK_ROWS = 1024
 CHUNK_BYTES = 384 * 2**20
 """On the CPU a chunk has at most so many rows and its (C, V) buffer so many bytes. With fewer rows the products are
 slower (dW is read and written once a chunk), with more they are no faster: docs/LOG.md."""
