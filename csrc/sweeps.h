@@ -6,13 +6,15 @@
 namespace aapo_fast {
 namespace {
 
-// A line of what comes so far after x[i], for each line that is read: a processor that fetches ahead by itself stops after
-// 4 KiB, which is one panel of logits. Beyond the end of memory a fetch does nothing.
+// A line of what comes so far after x[i], for each line that is read, into the second cache, which has room for more
+// fetches under way than the first: a processor that fetches ahead by itself stops after 4 KiB, which is one panel of
+// logits. Beyond the end of memory a fetch does nothing.
 AAPO_INLINE void fetch_ahead(const float *x, int64_t i, int64_t distance) {
   if (i % LINE == 0)
-    __builtin_prefetch(x + i + distance);
+    __builtin_prefetch(x + i + distance, 0, 2);
 }
 
+constexpr int64_t FOUR = 4; // vectors, and tiles, at a time: one after the other they would wait for each other
 constexpr int64_t LOGITS_AHEAD = 2 * PANEL;
 constexpr float LOWEST = -1e34f; // stands for minus infinity where differences are taken: finite times any count
 
@@ -23,10 +25,19 @@ struct Sums {
   double total = 0, weighted = 0; // sums of exp(z - row_max), and of that times (z - row_max)
 };
 
-// Logits of n columns of x to z, and -inf beyond up to a whole tile. Returns the largest.
+// Logits of n columns of x to z, and -inf beyond up to four whole tiles. Returns the largest.
 template <bool CAPPED> AAPO_INLINE float logits_to(float *z, const float *x, int64_t n, const RowTransform &transform) {
-  Floats top = all(LOWEST);
+  Floats tops[FOUR];
+  for (Floats &top : tops)
+    top = all(LOWEST);
   int64_t i = 0;
+  for (; i + FOUR * WIDTH <= n; i += FOUR * WIDTH)
+    for (int64_t k = 0; k < FOUR; ++k) {
+      const Floats v = transform.of<CAPPED>(load(x + i + k * WIDTH)).z;
+      store(z + i + k * WIDTH, v);
+      tops[k] = larger(v, tops[k]);
+    }
+  Floats top = larger(larger(tops[0], tops[1]), larger(tops[2], tops[3]));
   for (; i + WIDTH <= n; i += WIDTH) {
     const Floats v = transform.of<CAPPED>(load(x + i)).z;
     store(z + i, v);
@@ -38,7 +49,7 @@ template <bool CAPPED> AAPO_INLINE float logits_to(float *z, const float *x, int
     top = larger(v, top);
     i += WIDTH;
   }
-  for (; i % TILE != 0; i += WIDTH)
+  for (; i % (FOUR * TILE) != 0; i += WIDTH)
     store(z + i, all(-__builtin_inff()));
   return largest(top);
 }
@@ -67,22 +78,27 @@ Sums sweep_1(const float *x, int64_t vocab, const RowTransform &transform, const
     const float top = logits_to<CAPPED>(z, x + start, n, transform);
     Floats pull{};
     double panel_mass = 0;
-    for (int64_t tile = 0; tile < n; tile += TILE) {
-      Floats mass{}, peak{};
-      for (int64_t i = tile; i < tile + TILE; i += WIDTH) {
-        fetch_ahead(x + start, i, LOGITS_AHEAD);
-        Floats shifted = load(z + i) - top;
-        const Floats e = exp_and_cut(shifted);
-        mass += e;
-        if constexpr (KEEP)
-          peak = larger(e, peak);
-        pull = multiply_add(e, shifted, pull);
-      }
-      const float summed = sum(mass);
-      panel_mass += summed;
+    for (int64_t first = 0; first < n; first += FOUR * TILE) {
+      Floats mass[FOUR]{}, peak[FOUR]{};
+      for (int64_t k = 0; k < FOUR; ++k)
+        for (int64_t i = first + k * TILE; i < first + (k + 1) * TILE; i += WIDTH) {
+          fetch_ahead(x + start, i, LOGITS_AHEAD);
+          Floats shifted = load(z + i) - top;
+          const Floats e = exp_and_cut(shifted);
+          mass[k] += e;
+          if constexpr (KEEP)
+            peak[k] = larger(e, peak[k]);
+          pull = multiply_add(e, shifted, pull);
+        }
+      float masses[FOUR], peaks[FOUR];
+      reduced_four(masses, mass, added);
+      for (const float summed : masses)
+        panel_mass += summed;
       if constexpr (KEEP) {
-        tiles.mass[(start + tile) / TILE] = summed;
-        tiles.peak[(start + tile) / TILE] = largest(peak);
+        reduced_four(peaks, peak, larger);
+        const int64_t tile = (start + first) / TILE, count = least(FOUR, (n - first + TILE - 1) / TILE);
+        memcpy(tiles.mass + tile, masses, size_t(count) * 4);
+        memcpy(tiles.peak + tile, peaks, size_t(count) * 4);
       }
     }
     if constexpr (KEEP)

@@ -217,9 +217,28 @@ template <class Combine> AAPO_INLINE float reduced(Floats v, const Combine &comb
   return v[0];
 }
 
-AAPO_INLINE float sum(Floats v) {
-  return reduced(v, [](Floats a, Floats b) { return a + b; });
+// Of all lanes of each of four vectors, to as many numbers: together, in two fifths of the instructions.
+template <class Combine> AAPO_INLINE void reduced_four(float *out, const Floats *v, const Combine &combine) {
+#if AAPO_WIDTH == 16
+  const auto pairs = [&](Floats a, Floats b) { // in each quarter: a, b, a, b
+    return combine(AAPO_SHUFFLE(a, b, Ints, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29),
+                   AAPO_SHUFFLE(a, b, Ints, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31));
+  };
+  const Floats a = pairs(v[0], v[1]), b = pairs(v[2], v[3]);
+  Floats each = combine(AAPO_SHUFFLE(a, b, Ints, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+                        AAPO_SHUFFLE(a, b, Ints, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
+  each = combine(each, AAPO_SHUFFLE(each, each, Ints, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  each = combine(each, AAPO_SHUFFLE(each, each, Ints, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3));
+  memcpy(out, &each, 16);
+#else
+  for (int64_t k = 0; k < 4; ++k)
+    out[k] = reduced(v[k], combine);
+#endif
 }
+
+AAPO_INLINE Floats added(Floats a, Floats b) { return a + b; }
+
+AAPO_INLINE float sum(Floats v) { return reduced(v, added); }
 
 AAPO_INLINE float largest(Floats v) { return reduced(v, larger); }
 

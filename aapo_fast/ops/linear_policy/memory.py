@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
+import operator
 import os
 import weakref
-from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,48 +20,65 @@ MADV_FREE = getattr(mmap, "MADV_FREE", 8)
 """Some Pythons are built with headers that lack the name. Used on Linux alone."""
 
 
-class _Kept:
-    """Memory in huge pages that who used it last leaves to the next: one piece, which the system may take meanwhile.
+class _Lease(weakref.ref[Any]):
+    """Of memory to the tensors on it. When the last is gone the system may take its pages.
 
-    It comes back when its last tensor is gone, in whichever thread. Who takes it takes it out of the deque, whose
-    append and pop are atomic.
+    It does so without a line of Python: where a dW dies in C++, at the end of a backward, such a line would be the
+    first to see a Ctrl-C, and swallow it. The interpreter is locked until it is done, and so is who asks next.
     """
 
-    def __init__(self) -> None:
-        self.pieces: deque[mmap.mmap] = deque(maxlen=1)
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(before=self.pieces.clear)  # both processes would copy it page by page
+    __slots__ = ("madvise", "memory")
+    madvise: Callable[[int], None]
+    memory: mmap.mmap
 
-    def numbers(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """So many, uninitialised; in ordinary memory if they are few or the system has no such pages."""
+
+_give_up = operator.methodcaller("madvise", MADV_FREE)
+
+
+class _Kept:
+    """Memory in huge pages: what nobody has any more is for who asks next, and the system may take it meanwhile."""
+
+    def __init__(self) -> None:
+        self._leases: dict[int, _Lease] = {}
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=self.drop)  # both processes would copy it page by page
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """In ordinary memory if it is small or the system has no such pages."""
+        numel = math.prod(shape)
         size = numel * dtype.itemsize
         if size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
             try:
-                return torch.frombuffer(self._lease(size), dtype=dtype, count=numel)
+                return torch.frombuffer(self._bytes(size), dtype=dtype, count=numel).view(*shape)
             except OSError:  # a kernel without them, or no memory: PyTorch says that in its own words
                 pass
-        return torch.empty(numel, dtype=dtype, device="cpu")
+        return torch.empty(*shape, dtype=dtype, device="cpu")
 
-    def _lease(self, size: int) -> ctypes.Array[ctypes.c_char]:
-        """So many bytes, of what is kept if that is enough."""
-        try:
-            memory = self.pieces.pop()
-        except IndexError:
-            memory = None
-        if memory is None or len(memory) < size:
-            del memory  # it goes back before more is asked for
+    def drop(self) -> None:
+        """All of it that nobody has goes back to the system."""
+        for _, key in self._free():
+            self._leases.pop(key, None)
+
+    def _free(self) -> list[tuple[int, int]]:
+        """Sizes, ascending, and keys."""
+        return sorted((len(lease.memory), key) for key, lease in list(self._leases.items()) if lease() is None)
+
+    def _bytes(self, size: int) -> ctypes.Array[ctypes.c_char]:
+        """So many, of the smallest piece that is enough; if none is, they go back before more is asked for."""
+        claims = (self._leases.pop(key, None) for length, key in self._free() if length >= size)
+        found = next(filter(None, claims), None)  # one at a time: what another thread was quicker to take is None
+        if found is None:
+            self.drop()
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             memory.madvise(mmap.MADV_HUGEPAGE)
-        lease = (ctypes.c_char * size).from_buffer(memory)
-        weakref.finalize(lease, self._keep, memory).atexit = False
-        return lease
-
-    def _keep(self, memory: mmap.mmap) -> None:
-        try:
-            memory.madvise(MADV_FREE)
-        except OSError:  # a kernel before 4.5: it goes back at once
-            return
-        self.pieces.append(memory)
+            memory.madvise(MADV_FREE)  # who refuses does it now
+        else:
+            memory = found.memory
+        tensors = (ctypes.c_char * size).from_buffer(memory)
+        lease = _Lease(tensors, _give_up)
+        lease.memory, lease.madvise = memory, memory.madvise
+        self._leases[id(lease)] = lease
+        return tensors
 
 
 _buffers, _weight_gradients = _Kept(), _Kept()
@@ -73,7 +93,7 @@ def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
     time without writing it out (``MADV_FREE``).
     """
     if device.type == "cpu":
-        return _buffers.numbers(rows * columns, dtype).view(rows, columns)
+        return _buffers.empty((rows, columns), dtype)
     unit = 256 // dtype.itemsize if device.type == "cuda" else 1
     return torch.empty(rows, -(-columns // unit) * unit, dtype=dtype, device=device)[:, :columns]
 
@@ -81,10 +101,10 @@ def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
 def weight_gradient(shape: torch.Size, like: Tensor, zeros: bool) -> Tensor:
     """dW, uninitialised or of zeros, in the dtype and on the device of ``like``.
 
-    On a CPU it is the memory of a dW before that nobody has any more, on the same terms as the buffer: of training
-    that sets gradients to None, or adds them up in another. It outlives the call and cannot be resized.
+    On a CPU a large one takes the memory of an earlier one that nobody holds any more, on the terms of ``aligned``:
+    after ``zero_grad``, or when it was added to another. It cannot be resized, and PyTorch's profiler counts it not.
     """
     if like.device.type != "cpu":
         return like.new_zeros(shape) if zeros else like.new_empty(shape)
-    found = _weight_gradients.numbers(shape.numel(), like.dtype).view(shape)
+    found = _weight_gradients.empty(shape, like.dtype)
     return found.zero_() if zeros else found
