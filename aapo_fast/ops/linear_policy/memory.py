@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import mmap
 import operator
 import os
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,22 +36,29 @@ class _Lease(weakref.ref[Any]):
 
 _give_up = operator.methodcaller("madvise", MADV_FREE)
 
+_KEEPS = hasattr(mmap, "MADV_HUGEPAGE") and getattr(sys, "_is_gil_enabled", lambda: True)()
+"""Whether there are huge pages to ask for, and an interpreter that is locked while memory is given up."""
+
 
 class _Kept:
-    """Memory in huge pages: what nobody has any more is for who asks next, and the system may take it meanwhile."""
+    """Memory in huge pages: what nobody has any more is for who asks next, and the system may take it meanwhile.
+
+    There are as many pieces as were held at a time, until somebody asks for more than each of those that are free.
+    """
 
     def __init__(self) -> None:
         self._leases: dict[int, _Lease] = {}
+        self._keys = itertools.count()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(before=self.drop)  # both processes would copy it page by page
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """In ordinary memory if it is small or the system has no such pages."""
+        """A tensor of its own; in ordinary memory if it is small or the system has no such pages."""
         numel = math.prod(shape)
         size = numel * dtype.itemsize
-        if size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        if size >= HUGE_PAGE and _KEEPS:
             try:
-                return torch.frombuffer(self._bytes(size), dtype=dtype, count=numel).view(*shape)
+                return torch.frombuffer(self._bytes(size), dtype=dtype, count=numel).view(*shape).detach()
             except OSError:  # a kernel without them, or no memory: PyTorch says that in its own words
                 pass
         return torch.empty(*shape, dtype=dtype, device="cpu")
@@ -61,7 +70,7 @@ class _Kept:
 
     def _free(self) -> list[tuple[int, int]]:
         """Sizes, ascending, and keys."""
-        return sorted((len(lease.memory), key) for key, lease in list(self._leases.items()) if lease() is None)
+        return sorted((len(lease.memory), key) for key, lease in self._leases.copy().items() if lease() is None)
 
     def _bytes(self, size: int) -> ctypes.Array[ctypes.c_char]:
         """So many, of the smallest piece that is enough; if none is, they go back before more is asked for."""
@@ -77,7 +86,7 @@ class _Kept:
         tensors = (ctypes.c_char * size).from_buffer(memory)
         lease = _Lease(tensors, _give_up)
         lease.memory, lease.madvise = memory, memory.madvise
-        self._leases[id(lease)] = lease
+        self._leases[next(self._keys)] = lease  # never the same twice: another thread may still think of it
         return tensors
 
 

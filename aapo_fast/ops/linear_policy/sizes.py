@@ -16,8 +16,7 @@ from aapo_fast.ops.linear_policy.rows_torch import even_parts
 CHUNK_ROWS = 1024
 CHUNK_BYTES = 384 * 2**20
 """On the CPU a chunk has at most so many rows and its (C, V) buffer so many bytes. With fewer rows the products are
-slower (dW is read and written once a chunk), with more they are hardly faster: docs/LOG.md. Half as many where gradient
-rows are narrow, whose products gain nothing by more."""
+slower (dW is read and written once a chunk), with more they are hardly faster: docs/LOG.md."""
 
 GPU_BUFFER_BYTES = 896 * 2**20
 """On a GPU: all fp32 logits and bf16 gradient rows that exist at a time. Each chunk of gradient rows reads and writes
@@ -71,8 +70,7 @@ def buffer_rows(
     """
     row_bytes = vocab * dtype.itemsize
     if not budget:
-        most = CHUNK_ROWS if gradient_dtype == dtype else CHUNK_ROWS // 2
-        rows = even_parts(num_rows, min(most, CHUNK_BYTES // row_bytes))
+        rows = even_parts(num_rows, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
         return rows, rows
     if gradient_dtype == dtype:
         rows = _tiled_parts(num_rows, budget // row_bytes)
