@@ -17,7 +17,8 @@ from op_support import problem, run
 import aapo_fast as af
 from aapo_fast.ops import native
 from aapo_fast.ops.linear_policy import memory
-from aapo_fast.ops.linear_policy.memory import HUGE_PAGE, aligned, weight_gradient
+from aapo_fast.ops.linear_policy.memory import HUGE_PAGE, aligned, new_gradient
+from aapo_fast.ops.linear_policy.products import Products
 
 CPU = torch.device("cpu")
 LARGE = (3, HUGE_PAGE // 4 + 5)
@@ -37,11 +38,11 @@ IMPLEMENTATIONS = ["torch", *(["native"] if native.why_not() is None else [])]
 def nothing_kept(monkeypatch):
     """In the lists of this module: who still holds something from other tests has it in the others."""
     monkeypatch.setattr(memory, "os", SimpleNamespace())  # without forks to listen for
-    for name in ("_buffers", "_weight_gradients"):
+    for name in ("_buffers", "_gradients"):
         getattr(memory, name).drop()
         monkeypatch.setattr(memory, name, memory._Kept())
     yield
-    for name in ("_buffers", "_weight_gradients"):
+    for name in ("_buffers", "_gradients"):
         getattr(memory, name).drop()
 
 
@@ -181,7 +182,7 @@ def test_what_the_pass_before_left_there_changes_nothing(backward, implementatio
     fresh = everything()
     for left in (float("nan"), float("inf"), 1e30):
         aligned(40, 40_001, torch.float32, CPU).fill_(left)
-        weight_gradient(torch.Size((40_001, 16)), torch.empty(0), zeros=False).fill_(left)
+        new_gradient(torch.Size((40_001, 16)), torch.float32, CPU).fill_(left)
         assert all(torch.equal(a, b) for a, b in zip(everything(), fresh, strict=True))
 
 
@@ -214,13 +215,12 @@ SHAPE = torch.Size((2003, 1003))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [SHAPE, torch.Size((3, 5)), torch.Size((0, 7))])
 def test_a_weight_gradient_is_a_tensor_like_others(shape, dtype):
-    like = torch.empty(0, dtype=dtype)
     for left in (1.0, float("nan")):
-        x = weight_gradient(shape, like, zeros=True)
+        x = new_gradient(shape, dtype, CPU, zeros=True)
         assert x.shape == shape and x.dtype == dtype and x.is_contiguous() and not x.any()
         x.fill_(left)
         del x
-    x = weight_gradient(shape, like, zeros=False).fill_(2.0)
+    x = new_gradient(shape, dtype, CPU).fill_(2.0)
     saved = io.BytesIO()
     torch.save(x, saved)
     saved.seek(0)
@@ -231,18 +231,17 @@ def test_a_weight_gradient_is_a_tensor_like_others(shape, dtype):
 
 @KEEPS
 def test_a_weight_gradient_nobody_has_any_more_is_the_next_ones_memory():
-    like = torch.empty(0)
-    first, second = (weight_gradient(SHAPE, like, zeros=True) for _ in range(2))
+    first, second = (new_gradient(SHAPE, torch.float32, CPU, zeros=True) for _ in range(2))
     addresses = {first.data_ptr(), second.data_ptr()}
     row = first[7]
     del first, second
-    third, fourth = (weight_gradient(SHAPE, like, zeros=False).fill_(1.0) for _ in range(2))
+    third, fourth = (new_gradient(SHAPE, torch.float32, CPU).fill_(1.0) for _ in range(2))
     address = third.data_ptr()
     assert address in addresses and fourth.data_ptr() not in addresses and not row.any()
     assert "hg" in mapping(address)["VmFlags"]
     del third
     assert aligned(*SHAPE, torch.float32, CPU).data_ptr() != address  # buffers are kept apart
-    assert weight_gradient(SHAPE, like, zeros=False).data_ptr() == address
+    assert new_gradient(SHAPE, torch.float32, CPU).data_ptr() == address
 
 
 @KEEPS
@@ -268,7 +267,7 @@ def test_training_has_the_memory_of_its_last_weight_gradient(backward, implement
         backward_pass()
         assert weight.grad.data_ptr() == address
         torch.testing.assert_close(weight.grad, times * once, rtol=1e-6, atol=0.0)
-    assert len(memory._weight_gradients._leases) == 2 and len(memory._weight_gradients._free()) == 1
+    assert len(memory._gradients._leases) == 2 and len(memory._gradients._free()) == 1
 
 
 def test_compiled_passes_find_it_too():
@@ -283,7 +282,15 @@ def test_compiled_passes_find_it_too():
         loss(weight).backward()
         found.append(weight.grad.clone())
         weight.grad = None
-        weight_gradient(weight.shape, torch.empty(0), zeros=False).fill_(float("nan"))
-        assert len(memory._weight_gradients._free()) == (1 if KEPT else 0)
+        new_gradient(weight.shape, torch.float32, CPU).fill_(float("nan"))
+        assert len(memory._gradients._free()) == (1 if KEPT else 0)
     assert all(torch.equal(gradient, found[0]) for gradient in found)
     assert found[0][:39_990].any() and not found[0][39_990:].any()
+
+
+def test_a_weight_is_copied_where_it_is_to_be_widened_alone():
+    hidden, weight = torch.rand(4, 8), torch.rand(16, 8)
+    for given, dtype in ((hidden, torch.float32), (hidden.bfloat16(), torch.float32)):
+        assert Products(given, weight, dtype).weight is weight
+    wide = Products(hidden.bfloat16(), weight.bfloat16(), torch.float32).weight
+    assert wide.dtype == torch.float32 and torch.equal(wide, weight.bfloat16().float())

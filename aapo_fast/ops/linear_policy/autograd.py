@@ -16,6 +16,7 @@ from torch import Tensor
 from aapo_fast.objectives import Objective
 from aapo_fast.ops.linear_policy import runs
 from aapo_fast.ops.linear_policy.chunked import Call, Gradients, Pass
+from aapo_fast.ops.linear_policy.memory import new_gradient
 from aapo_fast.ops.linear_policy.statistics import SparseProduct
 from aapo_fast.ops.transfer import to_device
 
@@ -247,13 +248,15 @@ def scaled(
 
         return sparse_triton.made(gradient, scale, dtype)
     # The usual scale is one; looking costs nothing on the CPU, and would stall a GPU.
-    if gradient.dtype == dtype and scale.device.type == "cpu" and scale.item() == 1.0:
+    as_it_is = scale.device.type == "cpu" and scale.item() == 1.0
+    if as_it_is and gradient.dtype == dtype:
         return gradient
     if implementation == "triton" and gradient.is_cuda and gradient.is_contiguous():
         from aapo_fast.ops.linear_policy import kernels_triton
 
         return kernels_triton.scaled(gradient, scale, dtype)
-    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+    out = new_gradient(gradient.shape, dtype, gradient.device)
+    return out.copy_(gradient) if as_it_is else torch.mul(gradient, scale, out=out)
 
 
 def grads_wanted(*operands: Tensor | None) -> list[bool]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aapo_fast.objectives import LinearWeights
 from aapo_fast.ops.linear_policy import targets as at_targets
-from aapo_fast.ops.linear_policy.memory import aligned, weight_gradient
+from aapo_fast.ops.linear_policy.memory import aligned, new_gradient
 from aapo_fast.ops.linear_policy.products import Products
 from aapo_fast.ops.linear_policy.rows import row_kernels
 from aapo_fast.ops.linear_policy.sharded import VocabularyShard
@@ -336,7 +336,7 @@ class Pass:
     def _weight_gradient(self, zeros: bool) -> Tensor:
         """The accumulator. The first dense rows write it instead of adding to zeros."""
         if self._d_weight is None:
-            self._d_weight = weight_gradient(self._weight_shape, self._logits[0], zeros)
+            self._d_weight = new_gradient(self._weight_shape, self.dtype, self.hidden.device, zeros)
             self._d_weight[self.call.vocab_size :] = 0
         return self._d_weight
 

@@ -1,4 +1,4 @@
-"""Memory of a pass: logits and gradient rows of a chunk, and dW."""
+"""Memory of a pass: logits and gradient rows of a chunk, a widened weight, and gradients."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class _Kept:
         return tensors
 
 
-_buffers, _weight_gradients = _Kept(), _Kept()
+_buffers, _gradients = _Kept(), _Kept()
 
 
 def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -107,13 +107,18 @@ def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
     return torch.empty(rows, -(-columns // unit) * unit, dtype=dtype, device=device)[:, :columns]
 
 
-def weight_gradient(shape: torch.Size, like: Tensor, zeros: bool) -> Tensor:
-    """dW, uninitialised or of zeros, in the dtype and on the device of ``like``.
+def widened(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of a CPU's weight in ``dtype``, for one pass; in memory as of ``aligned``."""
+    return _buffers.empty(weight.shape, dtype).copy_(weight)
+
+
+def new_gradient(shape: torch.Size, dtype: torch.dtype, device: torch.device, zeros: bool = False) -> Tensor:
+    """Uninitialised or of zeros, to be handed out.
 
     On a CPU a large one takes the memory of an earlier one that nobody holds any more, on the terms of ``aligned``:
     after ``zero_grad``, or when it was added to another. It cannot be resized, and PyTorch's profiler counts it not.
     """
-    if like.device.type != "cpu":
-        return like.new_zeros(shape) if zeros else like.new_empty(shape)
-    found = _weight_gradients.empty(shape, like.dtype)
+    if device.type != "cpu":
+        return (torch.zeros if zeros else torch.empty)(shape, dtype=dtype, device=device)
+    found = _gradients.empty(shape, dtype)
     return found.zero_() if zeros else found
