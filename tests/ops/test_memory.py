@@ -26,11 +26,10 @@ LARGE = (3, HUGE_PAGE // 4 + 5)
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 KEEPS = pytest.mark.skipif(
-    not (hasattr(mmap, "MADV_HUGEPAGE") and HUGE_PAGES.exists() and Path("/proc/self/smaps").exists()),
+    not (memory._KEEPS and HUGE_PAGES.exists() and Path("/proc/self/smaps").exists()),
     reason="this system has no transparent huge pages or does not list its mappings",
 )
 
-KEPT = memory._KEEPS
 IMPLEMENTATIONS = ["torch", *(["native"] if native.why_not() is None else [])]
 
 
@@ -164,9 +163,9 @@ def test_threads_have_their_own():
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("backward", ["exact", "sparse"])
 def test_what_the_pass_before_left_there_changes_nothing(backward, implementation, dtype):
-    """A buffer of 40 x 39,990 numbers in fp32; eleven rows of the weight are padding."""
-    inputs, weights = problem(40, 16, 39_990, dtype), torch.arange(40) % 3 - 0.5
-    inputs[1].data = torch.cat([inputs[1].data, torch.ones(11, 16, dtype=dtype)])
+    """In the buffer, the widened weight, dW and its rounding. Eleven rows of the weight are padding."""
+    inputs, weights = problem(40, 32, 39_990, dtype), torch.arange(40) % 3 - 0.5
+    inputs[1].data = torch.cat([inputs[1].data, torch.ones(11, 32, dtype=dtype)])
     how = {"backward": backward, "seed": 3, "softcap": 30.0, "vocab_size": 39_990}
 
     def everything():
@@ -181,22 +180,23 @@ def test_what_the_pass_before_left_there_changes_nothing(backward, implementatio
 
     fresh = everything()
     for left in (float("nan"), float("inf"), 1e30):
-        aligned(40, 40_001, torch.float32, CPU).fill_(left)
-        new_gradient(torch.Size((40_001, 16)), torch.float32, CPU).fill_(left)
+        for lease in (*memory._buffers._leases.values(), *memory._gradients._leases.values()):
+            if lease() is None:
+                torch.frombuffer(lease.memory, dtype=torch.float32).fill_(left)
         assert all(torch.equal(a, b) for a, b in zip(everything(), fresh, strict=True))
 
 
 @KEEPS
 def test_a_fork_shares_nothing_that_is_kept(monkeypatch):
-    monkeypatch.undo()  # the module's own, which listens for forks
-    memory._buffers.drop()
-    first, second = (aligned(*LARGE, torch.float32, CPU).fill_(0) for _ in range(2))
+    monkeypatch.setattr(memory, "os", os)
+    kept = memory._Kept()  # one that listens for forks
+    first, second = (kept.empty(LARGE, torch.float32).fill_(0) for _ in range(2))
     del first, second
-    assert len(memory._buffers._free()) == 2
+    assert len(kept._free()) == 2
     child = os.fork()
     if child == 0:
-        os._exit(0 if memory._buffers._leases == {} else 1)
-    assert os.waitpid(child, 0)[1] == 0 and memory._buffers._leases == {}
+        os._exit(0 if kept._leases == {} else 1)
+    assert os.waitpid(child, 0)[1] == 0 and kept._leases == {}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
@@ -270,6 +270,29 @@ def test_training_has_the_memory_of_its_last_weight_gradient(backward, implement
     assert len(memory._gradients._leases) == 2 and len(memory._gradients._free()) == 1
 
 
+@KEEPS
+@pytest.mark.parametrize("upstream", [1.0, 0.5])
+@pytest.mark.parametrize("backward", ["exact", "sparse"])
+def test_low_precision_has_all_its_memory_again(backward, upstream):
+    """The buffer and the widened weight; dW in fp32 and as it is handed out."""
+    hidden, targets = torch.randn(64, 32).bfloat16(), torch.arange(64)
+    weight = torch.randn(40_001, 32).bfloat16().requires_grad_()
+
+    def found():
+        weight.grad = None
+        loss = af.linear_policy_loss(hidden, weight, targets, objective=af.SFT(64.0), backward=backward).loss
+        (upstream * loss).backward()
+        return weight.grad.data_ptr(), [[*kept._leases.values()] for kept in (memory._buffers, memory._gradients)]
+
+    address, leases = found()
+    memories = [{id(lease.memory) for lease in kept} for kept in leases]
+    assert [len(kept) for kept in memories] == [2, 2]
+    again, leases = found()
+    assert again == address
+    assert [{id(lease.memory) for lease in kept} for kept in leases] == memories
+
+
+@KEEPS
 def test_compiled_passes_find_it_too():
     hidden, weight, targets = torch.randn(8, 16), torch.randn(40_001, 16).requires_grad_(), torch.arange(8)
 
@@ -283,7 +306,7 @@ def test_compiled_passes_find_it_too():
         found.append(weight.grad.clone())
         weight.grad = None
         new_gradient(weight.shape, torch.float32, CPU).fill_(float("nan"))
-        assert len(memory._gradients._free()) == (1 if KEPT else 0)
+        assert len(memory._gradients._free()) == 1
     assert all(torch.equal(gradient, found[0]) for gradient in found)
     assert found[0][:39_990].any() and not found[0][39_990:].any()
 
@@ -294,3 +317,4 @@ def test_a_weight_is_copied_where_it_is_to_be_widened_alone():
         assert Products(given, weight, dtype).weight is weight
     wide = Products(hidden.bfloat16(), weight.bfloat16(), torch.float32).weight
     assert wide.dtype == torch.float32 and torch.equal(wide, weight.bfloat16().float())
+    assert Products(hidden.bfloat16().to("meta"), weight.half().to("meta"), torch.float32).weight.is_meta

@@ -108,7 +108,9 @@ def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
 
 
 def widened(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of a CPU's weight in ``dtype``, for one pass; in memory as of ``aligned``."""
+    """A copy of the weight in ``dtype``, for one pass; on a CPU in memory as of ``aligned``."""
+    if weight.device.type != "cpu":
+        return weight.to(dtype)
     return _buffers.empty(weight.shape, dtype).copy_(weight)
 
 
