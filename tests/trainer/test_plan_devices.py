@@ -64,7 +64,7 @@ needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch
 )
 def test_the_first_of_real_ranks_holds_what_is_planned(tmp_path, world, options):
     """To the byte; and the most at once, in forward, backward and AdamW, is 0.89 to 1.05 of the plan, whose parts are
-    not all there together. On a CPU the head's buffer is a smaller one; row kernels in PyTorch keep a block besides.
+    not all there together. On a CPU the head's buffer is another one; row kernels in PyTorch keep a block besides.
     """
     tree = make_tree(tmp_path, **options)
     found = ranks_support.results(world, ranks_support.held, tree, samples(world))
@@ -79,6 +79,8 @@ def test_the_first_of_real_ranks_holds_what_is_planned(tmp_path, world, options)
     block = 0 if native.why_not() is None else min(buffer, rows_torch.BLOCK_BYTES)
     at_once = [p for p in parts.values() if p.phase in ("always", "training") and p.name != "head: logits"]
     planned_most = plan.peak(at_once) + buffer
+    if settings.model.activation_checkpointing == "full":
+        planned_most -= buffer  # gone when layers are computed again, which is when most is there
     assert 0.88 * planned_most < found[0]["peak"] < 1.055 * (planned_most + block)
 
 
