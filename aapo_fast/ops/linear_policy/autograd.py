@@ -248,15 +248,15 @@ def scaled(
 
         return sparse_triton.made(gradient, scale, dtype)
     # The usual scale is one; looking costs nothing on the CPU, and would stall a GPU.
-    as_it_is = scale.device.type == "cpu" and scale.item() == 1.0
-    if as_it_is and gradient.dtype == dtype:
+    unscaled = scale.device.type == "cpu" and scale.item() == 1.0
+    if unscaled and gradient.dtype == dtype:
         return gradient
     if implementation == "triton" and gradient.is_cuda and gradient.is_contiguous():
         from aapo_fast.ops.linear_policy import kernels_triton
 
         return kernels_triton.scaled(gradient, scale, dtype)
     out = new_gradient(gradient.shape, dtype, gradient.device)
-    return out.copy_(gradient) if as_it_is else torch.mul(gradient, scale, out=out)
+    return out.copy_(gradient) if unscaled else torch.mul(gradient, scale, out=out)
 
 
 def grads_wanted(*operands: Tensor | None) -> list[bool]:

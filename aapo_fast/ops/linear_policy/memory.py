@@ -23,10 +23,10 @@ MADV_FREE = getattr(mmap, "MADV_FREE", 8)
 
 
 class _Lease(weakref.ref[Any]):
-    """Of memory to the tensors on it. When the last is gone the system may take its pages.
+    """Memory, and a weak reference to what its tensors hold of it: when the last is gone the system may take the pages.
 
-    It does so without a line of Python: where a dW dies in C++, at the end of a backward, such a line would be the
-    first to see a Ctrl-C, and swallow it. The interpreter is locked until it is done, and so is who asks next.
+    That is said to it without a line of Python: where a dW dies in C++, at the end of a backward, such a line would be
+    the first to see a Ctrl-C, and swallow it. The interpreter is locked until it is done, and so is who asks next.
     """
 
     __slots__ = ("madvise", "memory")
@@ -83,11 +83,11 @@ class _Kept:
             memory.madvise(MADV_FREE)  # who refuses does it now
         else:
             memory = found.memory
-        tensors = (ctypes.c_char * size).from_buffer(memory)
-        lease = _Lease(tensors, _give_up)
+        array = (ctypes.c_char * size).from_buffer(memory)
+        lease = _Lease(array, _give_up)
         lease.memory, lease.madvise = memory, memory.madvise
         self._leases[next(self._keys)] = lease  # never the same twice: another thread may still think of it
-        return tensors
+        return array
 
 
 _buffers, _gradients = _Kept(), _Kept()
@@ -108,8 +108,8 @@ def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
 
 
 def widened(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of the weight in ``dtype``, for one pass; on a CPU in memory as of ``aligned``."""
-    if weight.device.type != "cpu":
+    """The weight in ``dtype``; if that is a copy and on a CPU, for one pass and in memory as of ``aligned``."""
+    if weight.dtype == dtype or weight.device.type != "cpu":
         return weight.to(dtype)
     return _buffers.empty(weight.shape, dtype).copy_(weight)
 

@@ -107,7 +107,7 @@ class Products:
     def __init__(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
         self.road, self.dtype, self.hidden = choose_road(hidden, weight, dtype), dtype, hidden
         widens = self.road in (Road.WIDEN, Road.BF16_INSIDE) and not weight.is_cuda
-        self.weight = memory.widened(weight, dtype) if widens and weight.dtype != dtype else weight
+        self.weight = memory.widened(weight, dtype) if widens else weight
         self.gradient_dtype = torch.bfloat16 if self.road is Road.FP32_OUTPUT else dtype
 
     def logits(self, rows: slice, out: Tensor) -> None:
