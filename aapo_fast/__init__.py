@@ -1,4 +1,4 @@
-"""aapo-fast: a fused policy loss for RL post-training of language models, and a lean AAPO trainer round it.
+"""aapo-fast: a fused policy loss for RL post-training of language models, and a lean AAPO trainer around it.
 
     import aapo_fast as af
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from aapo_fast.objectives import SFT as SFT
     from aapo_fast.objectives import Regularized as Regularized
     from aapo_fast.objectives import Tokens as Tokens
+    from aapo_fast.ops.linear_policy import IGNORE_INDEX as IGNORE_INDEX
     from aapo_fast.ops.linear_policy import LogProbs as LogProbs
     from aapo_fast.ops.linear_policy import PolicyLoss as PolicyLoss
     from aapo_fast.ops.linear_policy import VocabularyShard as VocabularyShard
@@ -41,6 +42,7 @@ _HOME = {
     "Regularized": "aapo_fast.objectives",
     "SFT": "aapo_fast.objectives",
     "Tokens": "aapo_fast.objectives",
+    "IGNORE_INDEX": "aapo_fast.ops.linear_policy",
     "LogProbs": "aapo_fast.ops.linear_policy",
     "PolicyLoss": "aapo_fast.ops.linear_policy",
     "VocabularyShard": "aapo_fast.ops.linear_policy",

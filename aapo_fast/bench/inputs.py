@@ -13,10 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aapo_fast.bench.shapes import Case
-
-MODEL_ENTROPY = 1.66
-"""Mean entropy in nats of SmolLM2-135M's own samples (docs/LOG.md)."""
+from aapo_fast.bench.shapes import Case, entropy_of
 
 BLOCK_BYTES = 512 * 2**20
 PROBE_ROWS = 64
@@ -84,12 +81,12 @@ def make_problem(case: Case, device: torch.device, seed: int = 0, sample_targets
     make = torch.float64 if dtype == torch.float64 else torch.float32
     weight = torch.randn(v, h, generator=generator, device=device, dtype=make).mul_(h**-0.5)
     hidden = torch.randn(n, h, generator=generator, device=device, dtype=make)
-    softcap = case.head.softcap
-    if case.distribution == "model-like":
+    softcap, nats = case.head.softcap, entropy_of(case.distribution)
+    if nats is not None:
         if softcap is None:
-            hidden *= _scale_for_entropy(hidden[:PROBE_ROWS] @ weight.t())
+            hidden *= _scale_for_entropy(nats, hidden[:PROBE_ROWS] @ weight.t())
         else:
-            _favour_some_tokens(hidden, weight, softcap, generator)
+            _favour_some_tokens(nats, hidden, weight, softcap, generator)
     elif case.distribution == "peaked":
         _point_at_a_token(hidden, weight, softcap, generator)
     else:
@@ -137,13 +134,15 @@ def _draw(z: Tensor, generator: torch.Generator) -> Tensor:
     return torch.multinomial(z.softmax(1), 1, generator=generator).squeeze(1)
 
 
-def _scale_for_entropy(z: Tensor) -> float:
-    """What to multiply Gaussian logits by so that the mean entropy is MODEL_ENTROPY."""
-    return _bisect(lambda scale: _mean_entropy(z * scale), 0.1, 100.0)
+def _scale_for_entropy(nats: float, z: Tensor) -> float:
+    """What to multiply Gaussian logits by so that the mean entropy is so much."""
+    return _bisect(nats, lambda scale: _mean_entropy(z * scale), 0.1, 100.0)
 
 
-def _favour_some_tokens(hidden: Tensor, weight: Tensor, softcap: float, generator: torch.Generator) -> None:
-    """Let FAVOURED tokens of each row stand out, by Zipf's law with the exponent that gives MODEL_ENTROPY.
+def _favour_some_tokens(
+    nats: float, hidden: Tensor, weight: Tensor, softcap: float, generator: torch.Generator
+) -> None:
+    """Let FAVOURED tokens of each row stand out, by Zipf's law with the exponent that gives such a mean entropy.
 
     Gaussian logits will not do under a soft-cap: it flattens their tops before the rows become as peaked as a model's.
     """
@@ -162,14 +161,14 @@ def _favour_some_tokens(hidden: Tensor, weight: Tensor, softcap: float, generato
         probe = favour(hidden[: PROBE_ROWS // 4].clone(), exponent)
         return _mean_entropy(soft_capped(probe @ weight.t(), softcap))
 
-    favour(hidden, _bisect(entropy, 0.1, 10.0))
+    favour(hidden, _bisect(nats, entropy, 0.1, 10.0))
 
 
-def _bisect(entropy: Callable[[float], float], low: float, high: float) -> float:
-    """Where a falling function passes MODEL_ENTROPY."""
+def _bisect(nats: float, entropy: Callable[[float], float], low: float, high: float) -> float:
+    """Where a falling function passes so much."""
     for _ in range(16):
         middle = (low * high) ** 0.5
-        low, high = (middle, high) if entropy(middle) > MODEL_ENTROPY else (low, middle)
+        low, high = (middle, high) if entropy(middle) > nats else (low, middle)
     return (low * high) ** 0.5
 
 

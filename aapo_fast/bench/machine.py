@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -27,7 +28,7 @@ BFLOAT16_FEATURES = ("avx512_bf16", "amx_bf16")
 
 
 def describe(*packages: str) -> dict[str, object]:
-    """Processor, cores, memory, GPU, and the versions of torch and of the named packages."""
+    """Processor, cores, memory, GPU, and the versions of this package, of torch and of the named packages."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "processor": _from_cpuinfo("model name") or platform.processor(),
@@ -39,6 +40,7 @@ def describe(*packages: str) -> dict[str, object]:
         **_gpu(),
         "python": platform.python_version(),
         "aapo_fast": aapo_fast.__version__,
+        "commit": _commit(),
         "torch": torch.__version__,
         **{name: _version(name) for name in packages},
     }
@@ -48,7 +50,8 @@ def in_words(machine: dict[str, object]) -> str:
     """One line for beneath a table."""
     threads = f"{machine['torch_threads']} threads of {machine['processor']} ({machine['cpu_capability']})"
     where = machine.get("gpu") or threads
-    return f"{where}; torch {machine['torch']}, aapo-fast {machine['aapo_fast']}; {machine['date']}"
+    commit = f" at {machine['commit']}" if machine.get("commit") else ""
+    return f"{where}; torch {machine['torch']}, aapo-fast {machine['aapo_fast']}{commit}; {machine['date']}"
 
 
 def _gpu() -> dict[str, object]:
@@ -69,6 +72,22 @@ def _from_cpuinfo(field: str) -> str:
     except OSError:
         return ""
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
+
+
+def _commit() -> str | None:
+    """Of the checkout that this package runs from, "+" after it if files differ from it; None elsewhere."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(aapo_fast.__file__).parents[1]), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if not git("ls-files", "aapo_fast/__init__.py"):  # installed below somebody else's checkout
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "aapo_fast", "csrc", "benchmarks/*.py")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _version(package: str) -> str | None:

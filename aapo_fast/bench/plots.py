@@ -1,12 +1,13 @@
-"""Time, memory and error against N. The only file here that imports matplotlib."""
+"""Time, memory and error against N, or against the entropy of the rows. The only file here that imports matplotlib."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from aapo_fast.bench.results import CaseResult, Result, Row
+from aapo_fast.bench.shapes import entropy_of
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, told apart by the colour-blind; markers and dashes tell the lines apart without any colour."""
@@ -18,26 +19,39 @@ SMALLEST_MEMORY = 2**20
 """Below a mebibyte nothing is told apart on a logarithmic axis."""
 
 
-def _time(case: CaseResult, row: Row) -> tuple[int, float | None]:
-    return case.shape[0], row.timing.get("ratio_to_3G")
+def _time(row: Row) -> float | None:
+    return row.timing.get("ratio_to_3G")
 
 
-def _memory(case: CaseResult, row: Row) -> tuple[int, float | None]:
+def _memory(row: Row) -> float | None:
     size = row.extra_memory_bytes
-    return case.shape[0], None if size is None else max(size, SMALLEST_MEMORY) / 2**30
+    return None if size is None else max(size, SMALLEST_MEMORY) / 2**30
 
 
-def _error(case: CaseResult, row: Row) -> tuple[int, float | None]:
-    return case.error_rows, row.errors.get("d_weight", {}).get("error")
+def _error(row: Row) -> float | None:
+    return row.errors.get("d_weight", {}).get("error")
 
 
-Point = Callable[[CaseResult, Row], tuple[int, float | None]]
-
-PANELS: tuple[tuple[str, Point], ...] = (
+PANELS: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
     ("time, of three bare products", _time),
     ("extra memory, GiB", _memory),
     ("relative error of dW", _error),
 )
+
+TOKENS, ENTROPY = "N, tokens", "mean entropy, nats"
+
+
+class _Group(NamedTuple):
+    """Cases that differ in what is on the axis alone."""
+
+    name: str
+    axis: str
+    cases: list[CaseResult]
+
+    def place(self, case: CaseResult, value: Callable[[Row], float | None]) -> float:
+        if self.axis == ENTROPY:
+            return case.inputs["mean_entropy_nats"]
+        return case.error_rows if value is _error else case.shape[0]
 
 
 def pyplot() -> Any:
@@ -58,7 +72,9 @@ def save(figure: Any, path: Path) -> None:
 
 
 def draw(result: Result, path: Path) -> Path | None:
-    """One row of panels for each head, dtype and distribution that was measured at several N; None if none was."""
+    """One row of panels for each head, dtype and distribution that was measured at several N, and for each shape that
+    was at several entropies; None if none was.
+    """
     groups = _groups(result)
     if not groups:
         return None
@@ -67,27 +83,37 @@ def draw(result: Result, path: Path) -> Path | None:
     )
     drawn = (row.title for case in result.cases for row in case.rows if row.status == "ok")
     titles = list(dict.fromkeys(drawn))
-    for line, (name, cases) in zip(axes, groups.items(), strict=True):
-        for panel, (label, point) in zip(line, PANELS, strict=True):
-            _panel(panel, cases, titles, point)
-            panel.set(title=name, xlabel="N, tokens", ylabel=label)
+    for line, group in zip(axes, groups, strict=True):
+        for panel, (label, value) in zip(line, PANELS, strict=True):
+            _panel(panel, group, titles, value)
+            panel.set(title=group.name, xlabel=group.axis, ylabel=label)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
     save(figure, path)
     return path
 
 
-def _groups(result: Result) -> dict[str, list[CaseResult]]:
-    groups: dict[str, list[CaseResult]] = {}
+def _groups(result: Result) -> list[_Group]:
+    over_tokens: dict[str, list[CaseResult]] = {}
+    over_entropy: dict[str, list[CaseResult]] = {}
     for case in result.cases:
-        groups.setdefault(f"{case.head}, {case.dtype}, {case.distribution}", []).append(case)
-    return {name: cases for name, cases in groups.items() if len({case.shape[0] for case in cases}) > 1}
+        over_tokens.setdefault(f"{case.head}, {case.dtype}, {case.distribution}", []).append(case)
+        if entropy_of(case.distribution) is not None:
+            over_entropy.setdefault(f"{case.head}, N = {case.shape[0]}, {case.dtype}", []).append(case)
+    found = [_Group(name, TOKENS, cases) for name, cases in over_tokens.items()]
+    found += [_Group(name, ENTROPY, cases) for name, cases in over_entropy.items()]
+    return [g for g in found if len({c.shape[0] if g.axis == TOKENS else c.distribution for c in g.cases}) > 1]
 
 
-def _panel(panel: Any, cases: list[CaseResult], titles: list[str], point: Point) -> None:
+def _panel(panel: Any, group: _Group, titles: list[str], value: Callable[[Row], float | None]) -> None:
     for place, title in enumerate(titles):
-        found = [point(case, row) for case in cases for row in case.rows if row.title == title and row.status == "ok"]
-        points = {n: value for n, value in found if value is not None}
+        found = [
+            (group.place(case, value), value(row))
+            for case in group.cases
+            for row in case.rows
+            if row.title == title and row.status == "ok"
+        ]
+        points = {x: y for x, y in found if y is not None}
         ours = title.startswith("ours")
         panel.plot(
             sorted(points),
@@ -98,7 +124,8 @@ def _panel(panel: Any, cases: list[CaseResult], titles: list[str], point: Point)
             linewidth=2.5 if ours else 1.0,
             label=title,
         )
-    panel.set_xscale("log", base=2)
+    if group.axis == TOKENS:
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:.0f}")
     panel.set_yscale("log")
-    panel.xaxis.set_major_formatter("{x:.0f}")
     panel.grid(alpha=0.3)

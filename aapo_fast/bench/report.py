@@ -46,19 +46,40 @@ def write_docs(found: Sequence[tuple[Path, results.Result]], docs: Path) -> list
         runs = [(path, result) for path, result in found if result.kind == kind]
         if not runs:
             continue
-        body = [tables.LEGENDS[kind]]
+        body = [tables.LEGENDS[kind], "The runs, the latest first:", _overview(runs)]
         for path, result in runs:
             title = path.parent.name
             body += [f"## {title}", tables.preamble(result), tables.summary(result)]
             picture = _picture(result, docs / f"{name.removesuffix('.md')}-{title}.svg")
             if picture:
-                body.append(f"![time, memory and error against N]({picture.name})")
+                body.append(f"![time, memory and error]({picture.name})")
                 written.append(picture)
             body.append(tables.full(result))
         page = docs / name
         _replace(page, "\n\n".join(body), f"{heading}\n\n{introduction}")
         written.append(page)
     return written
+
+
+def _overview(runs: Sequence[tuple[Path, results.Result]]) -> str:
+    """A line a run, which leads to its tables."""
+    latest = sorted(runs, key=lambda run: str(run[1].machine["date"]), reverse=True)
+    rows = []
+    for path, result in latest:
+        name, cases = path.parent.name, result.cases
+        shapes = dict.fromkeys(str(tuple(case.shape)) for case in cases)
+        several = f"{len(shapes)} shapes"
+        rows.append(
+            [
+                f"[{name}](#{name})",
+                str(result.machine["date"]),
+                str(result.machine.get("gpu") or result.machine["processor"]),
+                ", ".join(shapes) if len(shapes) <= 3 else several,
+                ", ".join(dict.fromkeys(case.dtype for case in cases)),
+                ", ".join(dict.fromkeys(case.distribution for case in cases)),
+            ]
+        )
+    return tables.table(["run", "date", "on", "(N, H, V)", "dtype", "rows"], rows)
 
 
 def _replace(page: Path, body: str, start: str) -> None:

@@ -6,6 +6,8 @@ Letters: N rows (tokens), H hidden, V vocabulary.
 from __future__ import annotations
 
 import difflib
+import itertools
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -37,10 +39,16 @@ HEADS = {
 }
 
 DISTRIBUTIONS = {
-    "model-like": "rows of 1.66 nats on average, what a real model's own samples have",
+    "model-like": "rows of 1.66 nats on average; a number is others: --distribution 1.66 3 5",
     "peaked": "one token nearly certain, p > 0.999 in nearly every row",
     "flat": "nearly uniform rows",
 }
+
+MODEL_ENTROPY = 1.66
+"""Mean entropy in nats of 1,298 tokens that SmolLM2-135M sampled. At other prompts its samples have 2.0 to 2.9, those
+of the model that the quickstart has trained 0.1 to 0.5 (docs/LOG.md, docs/accuracy.md)."""
+
+NATS = " nats"
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -53,7 +61,7 @@ class Case:
         head: the head.
         rows: N, how many tokens.
         dtype: of hidden states and weight.
-        distribution: one of ``DISTRIBUTIONS``.
+        distribution: one of ``DISTRIBUTIONS``, or "3 nats": rows like "model-like" of that mean entropy.
     """
 
     head: Head
@@ -81,11 +89,13 @@ def cases(
     """Every combination, in the order given; ``N,H,V`` brings its own rows, a head's name takes all of ``rows``.
 
     Raises:
-        UserError: a name is unknown or a shape is no shape.
+        UserError: a name is unknown, a shape is no shape, or an entropy is beyond what a vocabulary can have.
     """
     check_names("--dtype", dtypes, DTYPES)
-    check_names("--distribution", distributions, DISTRIBUTIONS)
+    distributions = [_parse_distribution(text) for text in distributions]
     pairs = [pair for text in shapes for pair in _parse_shape(text, rows)]
+    for (head, _), text in itertools.product(pairs, distributions):
+        _check_entropy(text, head)
     return list(
         dict.fromkeys(
             Case(head, n, dtype, distribution)
@@ -96,6 +106,13 @@ def cases(
     )
 
 
+def entropy_of(distribution: str) -> float | None:
+    """Mean entropy in nats of rows whose logits are Gaussian; None for other rows."""
+    if distribution == "model-like":
+        return MODEL_ENTROPY
+    return float(distribution.removesuffix(NATS)) if distribution.endswith(NATS) else None
+
+
 def check_names(option: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Refuse the first name that is not known, and suggest the nearest."""
     known = list(known)
@@ -104,6 +121,21 @@ def check_names(option: str, given: Iterable[str], known: Iterable[str]) -> None
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" (is it {near[0]}?)" if near else ""
             raise UserError(f"{option} {name!r} is unknown{hint}; use one of {', '.join(known)}")
+
+
+def _parse_distribution(text: str) -> str:
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return f"{float(text):g}{NATS}"
+    check_names("--distribution", [text], [*DISTRIBUTIONS, "a mean entropy in nats"])
+    return text
+
+
+def _check_entropy(distribution: str, head: Head) -> None:
+    """``inputs`` gives soft-capped rows a few tokens that stand out, and can make no others."""
+    nats = entropy_of(distribution)
+    most = 0.95 * math.log(head.vocab) if head.softcap is None else 2.5
+    if nats is not None and distribution != "model-like" and not 0.1 <= nats <= most:
+        raise UserError(f"--distribution {nats:g}: rows of {head.name} are made with 0.1 to {most:.1f} nats")
 
 
 def _parse_shape(text: str, rows: Sequence[int]) -> list[tuple[Head, int]]:

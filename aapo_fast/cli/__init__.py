@@ -116,7 +116,7 @@ def _split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="aapo-fast", description="A fused policy loss for RL post-training, and an AAPO trainer round it."
+        prog="aapo-fast", description="A fused policy loss for RL post-training, and an AAPO trainer around it."
     )
     parser.add_argument("--version", action="version", version=f"aapo-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -133,7 +133,7 @@ def _remedy(config: Config, shape: Shape, gpu: GPU, parts: list[Part], there: fl
         "next-token logits": "lower --rollout.max_batch_size",
         "frozen reference": "--reference.mode cached needs no copy of the weights",
         "another copy": "the model is there twice at the start; take a smaller one, or devices with more memory",
-        "gathered weights": "--model.vocabulary_parallel true leaves embedding and head in pieces",
+        "gathered weights": "--model.vocabulary_parallel true keeps embedding and head sharded",
     }.get(largest.name, "--lora.rank 32 trains far fewer weights")
 
 

@@ -48,7 +48,7 @@ def seconds(config: Config, shape: Shape, gpu: GPU, devices: int = 1) -> list[Pa
 
 def _collectives(config: Config, s: Shape, gpu: GPU, tokens: int, devices: int) -> Part:
     """FSDP2's, each of which moves (N - 1) / N of what it gathers or reduces: of a microbatch the layers' weights twice
-    and their gradient, those of embedding and head once, or in pieces what docs/scaling.md says; of a step the weights
+    and their gradient, those of embedding and head once, or sharded what docs/scaling.md says; of a step the weights
     that were trained. PyTorch overlaps most of it with arithmetic.
     """
     rounds = -(-tokens // (devices * config.train.max_microbatch_tokens))

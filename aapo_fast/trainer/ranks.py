@@ -229,7 +229,7 @@ def check_ranks(config: Config, world: int) -> None:
 
 
 def rows_a_rank(num_rows: int, world: int) -> int:
-    """Rows of a vocabulary in each part, but the last, of embedding and head in pieces; raises UserError if that would
+    """Rows of a vocabulary in each part, but the last, of a sharded embedding and head; raises UserError if that would
     leave the last rank none.
     """
     width = -(-num_rows // world)

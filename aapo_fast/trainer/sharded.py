@@ -10,7 +10,7 @@ rollout engine, the frozen reference, and the writing of models and checkpoints 
 Gradients, moments and the weights that are trained, 16 bytes a parameter, are divided among the ranks.
 
 The fused head reads its weight inside the root's forward, where it is whole; or embedding and head are not the root's,
-and stay in pieces (``trainer.vocabulary``). The loss is divided by the tokens of all
+and stay sharded (``trainer.vocabulary``). The loss is divided by the tokens of all
 ranks, so gradients are summed over ranks and not averaged.
 """
 

@@ -42,7 +42,7 @@ def share_engine(ranks: Ranks, kind: str, make: Callable[[], RolloutEngine]) -> 
 
 
 def share_policy(ranks: Ranks, policy: Policy, vocabulary_parallel: bool = False) -> Policy:
-    """The policy, trained by all ranks together; its embedding and head in pieces where ``vocabulary_parallel``."""
+    """The policy, trained by all ranks together; its embedding and head sharded where ``vocabulary_parallel``."""
     if ranks.world == 1:
         return policy
     from aapo_fast.trainer.sharded import ShardedPolicy  # whose imports take a second

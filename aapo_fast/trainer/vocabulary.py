@@ -1,4 +1,4 @@
-"""Embedding and head in pieces: each rank holds some rows of both, and computes them for the tokens of all ranks.
+"""Vocabulary-parallel embedding and head: a rank holds some rows of both, and computes them for all ranks' tokens.
 
 Vocabulary-parallel (Megatron-LM, arXiv 1909.08053), within a run that is otherwise data-parallel (FSDP2). A shard is
 what FSDP2 would make of the weight: a contiguous piece of the vocabulary, as ``torch.chunk`` cuts it.

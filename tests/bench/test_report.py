@@ -52,7 +52,7 @@ def test_pages_are_written_between_their_markers(measured, tmp_path):
     written = report.write_docs(found, docs)
     assert {path.name for path in written} == {"benchmarks.md", "benchmarks-here.svg"}
     page = docs / "benchmarks.md"
-    assert "![time, memory and error against N](benchmarks-here.svg)" in page.read_text()
+    assert "![time, memory and error](benchmarks-here.svg)" in page.read_text()
     assert (docs / "benchmarks-here.svg").read_text().startswith("<?xml")
     page.write_text("# Mine\n\nWritten by hand.\n\n" + page.read_text().split("\n", 1)[1] + "\nAfter.\n")
     report.write_docs(found, docs)

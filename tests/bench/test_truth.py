@@ -8,7 +8,7 @@ import torch
 from bench_support import CPU, TINY
 
 from aapo_fast.bench import inputs
-from aapo_fast.bench.shapes import Head
+from aapo_fast.bench.shapes import MODEL_ENTROPY, Head
 from aapo_fast.bench.truth import gradient_errors, truth, vector_errors
 
 
@@ -49,7 +49,9 @@ def test_error_measures():
 def test_inputs_are_what_they_say():
     case = replace(TINY, rows=256, head=Head("wide", 512, 5003))
     model = inputs.describe(inputs.make_problem(case, CPU))
-    assert model["mean_entropy_nats"] == pytest.approx(inputs.MODEL_ENTROPY, abs=0.05)
+    assert model["mean_entropy_nats"] == pytest.approx(MODEL_ENTROPY, abs=0.05)
+    other = inputs.describe(inputs.make_problem(replace(case, distribution="4 nats"), CPU))
+    assert other["mean_entropy_nats"] == pytest.approx(4, abs=0.05)
     capped = replace(case, head=Head("capped", 512, 5003, 30.0))
     assert inputs.describe(inputs.make_problem(capped, CPU))["mean_entropy_nats"] == pytest.approx(1.66, abs=0.3)
     for each in (case, capped):

@@ -80,9 +80,12 @@ def linear_policy_loss(
 ) -> PolicyLoss:
     """Loss of a token-local objective on the log-probabilities of ``targets``, without materialising the logits.
 
-    Rows for which the objective is not active (zero advantage) and rows whose target is ``IGNORE_INDEX`` are dropped
-    before the first matrix product; their ``logps`` and ``entropy`` are NaN. ``all_logps=True`` computes them for every
-    row with a target, at the price of the first matrix product.
+    ``hidden[t]`` is what the head multiplies to predict ``targets[t]``: the decoder's output, after its final norm, at
+    the position before that token. So for a sequence ``ids``, ``hidden[:-1]`` goes with ``ids[1:]``.
+
+    Rows for which the objective is not active (zero advantage) and rows whose target is ``IGNORE_INDEX`` (-100) are
+    dropped before the first matrix product; their ``logps`` and ``entropy`` are NaN, so average with ``nanmean``.
+    ``all_logps=True`` computes them for every row with a target, at the price of the first matrix product.
 
     On a GPU the host does not wait if ``backward="exact"`` and the rows to drop are known to it: with
     ``all_logps=True``, or where the objective's ``active()`` is on the CPU, as with vectors there, which are sent along
@@ -97,11 +100,14 @@ def linear_policy_loss(
     inputs) and rounded once, in the backward, to the dtype of their tensor. Under autocast the products are computed
     from operands in its dtype, and the gradients are still those of the tensors given, in their dtype.
 
+    On a CPU a large gradient lies in memory that is kept for the next one, and cannot be resized. On a CPU with AMX,
+    fp32 matrix products of other threads are rounded to bf16 while one of this function's bf16 products runs.
+
     Args:
         hidden: (N, H) fp64, fp32, bf16 or fp16.
         weight: (V, H) head weight, any of the same dtypes. A DTensor (FSDP2) is gathered, its gradient summed over the
             mesh: divide the loss by the tokens of all ranks.
-        targets: (N,) int64 sampled tokens in [0, V), or ``IGNORE_INDEX``.
+        targets: (N,) int64 sampled tokens in [0, V), or ``IGNORE_INDEX`` (-100): no target.
         objective: ``AAPO``, ``GRPO``, ``CISPO``, ``REINFORCE``, ``SFT``, one of them ``Regularized``, or any callable
             from ``Tokens`` to (C,) losses. The vectors of a dataclass may be on the CPU, whatever ``hidden`` is on
             (under ``torch.compile`` of those that stay in one visit: ``aapo_fast.objectives``).

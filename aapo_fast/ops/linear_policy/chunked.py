@@ -182,7 +182,7 @@ class Pass:
 
     def cut(self, panel: slice, products: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Of each block of a panel the same; the panel, for kernels that cut it for themselves to sample it, or whose
-        blocks follow from a rank's threads: all ranks of a head in pieces take the same rows at a time.
+        blocks follow from a rank's threads: all ranks of a sharded head take the same rows at a time.
         """
         if self._sampler() is not None or (self._sparse_panels is not None and self.call.shard is not None):
             yield panel, products

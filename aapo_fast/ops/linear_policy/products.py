@@ -10,7 +10,7 @@ Four roads, by what the operands are and what the hardware offers:
   and gradient rows are rounded as above. Twice as quick as WIDEN.
 - WIDEN: anything else (low precision on the CPU, mixed dtypes, fp16, in which gradient rows divided by many tokens
   would underflow). The weight is widened to the compute dtype, slower and no less accurate: once on the CPU, slab by
-  slab on a GPU, where memory is dear.
+  slab on a GPU, where memory is scarce.
 """
 
 from __future__ import annotations

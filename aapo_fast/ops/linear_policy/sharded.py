@@ -1,4 +1,4 @@
-"""A head in pieces: vocabulary-parallel over a process group, or a DTensor (FSDP2).
+"""A sharded head: vocabulary-parallel over a process group, or a DTensor (FSDP2).
 
 Vocabulary-parallel (Megatron-LM, arXiv 1909.08053): each rank holds some rows of the head weight and all rows of the
 hidden states. What a rank says of its columns is four numbers a row (``Partials``); they are gathered and merged in

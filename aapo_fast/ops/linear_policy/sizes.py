@@ -39,7 +39,7 @@ of 2,816 (docs/LOG.md)."""
 
 def gpu_budget(weight_bytes: int) -> int:
     """Bytes that the buffers of a pass may take on a GPU: ``GPU_BUFFER_BYTES`` or the weight's size, or what
-    AAPO_FAST_BUFFER_GIB says, which has to be the same on all ranks of a head in pieces.
+    AAPO_FAST_BUFFER_GIB says, which has to be the same on all ranks of a vocabulary-parallel head.
 
     Args:
         weight_bytes: of the head's weight; of the largest shard, where its shards are unequal.

@@ -5,7 +5,7 @@ weights.py     what is sent: every parameter by its checkpoint name, tied heads 
 samples.py     what comes back: tokens and log-probabilities, checked
 local.py       the engine in this process, over ...
 adapter.py     ... vLLM's own
-servers.py     the engine over servers: requests spread, weights synced, failures mended
+servers.py     the engine over servers: requests spread, weights synced, failed ones restarted
 client.py      one server over HTTP
 process.py     a server that we start; guard.py runs inside it
 transport.py   how weights reach a server: as files

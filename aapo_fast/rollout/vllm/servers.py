@@ -1,4 +1,4 @@
-"""Rollouts by one or several vLLM servers: requests spread over them, weights synced into each, failures mended.
+"""Rollouts by one or several vLLM servers: requests spread over them, weights synced into each, failed ones restarted.
 
 A server fails when a request, a sync or its start does; in between nobody asks how it is. The requests that it had go
 to the others: seeds decide the completions, so none is lost, drawn otherwise or counted twice. A server that we started
