@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from aapo_fast.objectives import GRPO as GRPO
     from aapo_fast.objectives import REINFORCE as REINFORCE
     from aapo_fast.objectives import SFT as SFT
+    from aapo_fast.objectives import LinearWeights as LinearWeights
     from aapo_fast.objectives import Regularized as Regularized
     from aapo_fast.objectives import Tokens as Tokens
     from aapo_fast.ops.linear_policy import IGNORE_INDEX as IGNORE_INDEX
@@ -41,6 +42,7 @@ _HOME = {
     "REINFORCE": "aapo_fast.objectives",
     "Regularized": "aapo_fast.objectives",
     "SFT": "aapo_fast.objectives",
+    "LinearWeights": "aapo_fast.objectives",
     "Tokens": "aapo_fast.objectives",
     "IGNORE_INDEX": "aapo_fast.ops.linear_policy",
     "LogProbs": "aapo_fast.ops.linear_policy",

@@ -2,8 +2,7 @@
 
 An objective is any callable that maps ``Tokens`` (vectors over the C rows of a chunk) to C losses; the total loss is
 their sum. The fused pass calls it part by part, or once where ``linear`` says enough, and takes the gradient
-coefficients from autograd on these vectors,
-so a new objective is one small function and no kernel knows its name:
+coefficients from autograd on these vectors, so a new objective is one small function and no kernel knows its name:
 
     def reinforce(tokens):
         return -advantage[tokens.rows] * tokens.logps / num_tokens
@@ -18,8 +17,12 @@ Three methods are optional:
     num_rows() -> int or None         N of the tensors it was built with, checked against the call's
 
 Under ``torch.compile`` an objective that is a dataclass of tensors, numbers and other such objectives (all of those
-here) stays in one visit; any other callable is right but costs a fourth matrix product. (torch 2.10 traces those here,
-and breaks the graph at one of your own.)
+here) stays in one visit; any other callable is right but costs a fourth matrix product, and tensors that it closes over
+get gradients if they ask for them, as they do nowhere else. (torch 2.10 traces those here, and breaks the graph at one
+of your own.)
+
+Advantages of tokens in place of sequences (a critic's, turns', a length normalisation by 1 / |o_i|) are those of N
+sequences of one token: ``AAPO(advantages, torch.arange(N), num_tokens)``.
 
 Letters: N rows (tokens), C rows of one chunk, B sequences.
 """
@@ -55,6 +58,10 @@ Objective = Callable[[Tokens], Tensor]
 """``Tokens`` -> (C,) losses. Tensors it closes over get no gradient."""
 
 
+LARGEST_LOG_RATIO = 80.0
+"""Of two policies' probabilities of a token, in nats: e^80 = 5.5e34."""
+
+
 class LinearWeights(NamedTuple):
     """A loss linear in the log-probability: that of row n is ``weights[sequence_index[n]] * logp_n``.
 
@@ -87,7 +94,8 @@ class _OfSequences:
         return self.sequence_index.numel()
 
     def _advantage(self, tokens: Tokens) -> Tensor:
-        return self.advantages[self.sequence_index[tokens.rows]]
+        """(C,) at least fp32: divided by the tokens of a step it would be subnormal or zero in fp16."""
+        return _at_least_fp32(self.advantages[self.sequence_index[tokens.rows]])
 
     def _ratio(self, tokens: Tokens, other_logps: Tensor | None) -> Tensor:
         """(C,) pi / other policy, differentiable; without another policy one, of which only the gradient counts."""
@@ -95,7 +103,8 @@ class _OfSequences:
         if other_logps is not None:
             # Where there is no advantage an earlier call may have left NaN; it must not reach the sum as 0 * NaN.
             other = torch.where(self._advantage(tokens) == 0, other, other_logps[tokens.rows])
-        return torch.exp(tokens.logps - other)
+        # exp is infinite in fp32 from 88.7 on, and the gradient of a clipped ratio then 0 * inf.
+        return torch.exp((tokens.logps - other).clamp(max=LARGEST_LOG_RATIO))
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,13 +130,13 @@ class REINFORCE(_OfSequences):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_rows(type(self).__name__, "rollout_logps", self.rollout_logps, self.sequence_index)
-        if not self.max_ratio > 0:
-            raise ValueError(f"{type(self).__name__}: max_ratio={self.max_ratio}; it must be positive")
+        if not (_is_real(self.max_ratio) and self.max_ratio > 0):
+            raise ValueError(f"{type(self).__name__}: max_ratio={self.max_ratio!r}; it must be a positive number")
 
     def linear(self) -> LinearWeights | None:
         if self.rollout_logps is not None:
             return None
-        return LinearWeights(-self.advantages / self.num_tokens, self.sequence_index)
+        return LinearWeights(-_at_least_fp32(self.advantages) / self.num_tokens, self.sequence_index)
 
     def __call__(self, tokens: Tokens) -> Tensor:
         weight = self._advantage(tokens) / self.num_tokens
@@ -215,6 +224,7 @@ class SFT:
 
     def __post_init__(self) -> None:
         _check_num_tokens("SFT", self.num_tokens)
+        _check_tensor("SFT", "weights", self.weights)
         if self.weights is not None and self.weights.ndim != 1:
             raise ValueError(f"SFT: weights has shape {tuple(self.weights.shape)}; give one weight a row, (N,)")
 
@@ -226,14 +236,14 @@ class SFT:
         if self.weights is None:
             return None
         every = torch.arange(self.weights.numel(), device=self.weights.device)
-        return LinearWeights(self.weights * (-1.0 / self.num_tokens), every)
+        return LinearWeights(_at_least_fp32(self.weights) * (-1.0 / self.num_tokens), every)
 
     def num_rows(self) -> int | None:
         """N, which the call's rows must agree with; None with equal weights."""
         return None if self.weights is None else self.weights.numel()
 
     def __call__(self, tokens: Tokens) -> Tensor:
-        weight = 1.0 if self.weights is None else self.weights[tokens.rows]
+        weight = 1.0 if self.weights is None else _at_least_fp32(self.weights[tokens.rows])
         return -(weight / self.num_tokens) * tokens.logps
 
 
@@ -259,8 +269,10 @@ class Regularized:
 
     def __post_init__(self) -> None:
         _check_num_tokens("Regularized", self.num_tokens)
-        if not callable(self.objective):
-            raise ValueError(f"Regularized: objective is a {type(self.objective).__name__}; give an objective")
+        if not callable(self.objective) or isinstance(self.objective, type):
+            kind = self.objective if isinstance(self.objective, type) else type(self.objective)
+            what = "the class" if kind is self.objective else "a"
+            raise ValueError(f"Regularized: objective is {what} {kind.__name__}; give an objective")
 
     def num_rows(self) -> int | None:
         """N of the objective, or None if it does not say."""
@@ -270,11 +282,28 @@ class Regularized:
 
     def __call__(self, tokens: Tokens) -> Tensor:
         losses = self.objective(tokens)
+        active = getattr(self.objective, "active", None)
+        mask = None if active is None else active()
+        if mask is not None:  # rows that it leaves out have no loss of its own here either
+            losses = losses.where(mask.to(tokens.rows.device, non_blocking=True)[tokens.rows], 0.0)
         if self.entropy_bonus:
             losses = losses - (self.entropy_bonus / self.num_tokens) * tokens.entropy
         if self.z_loss:
             losses = losses + (self.z_loss / self.num_tokens) * tokens.logsumexp.square()
         return losses
+
+
+def _at_least_fp32(values: Tensor) -> Tensor:
+    return values if values.itemsize >= 4 else values.float()
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real)
+
+
+def _check_tensor(name: str, field: str, values: object) -> None:
+    if values is not None and not isinstance(values, Tensor):
+        raise ValueError(f"{name}: {field} is a {type(values).__name__}; give a torch.Tensor")
 
 
 def _check_num_tokens(name: str, num_tokens: Any) -> None:
@@ -296,13 +325,14 @@ def _check_num_tokens(name: str, num_tokens: Any) -> None:
 
 
 def _check_clip(name: str, low: float, high: float) -> None:
-    if not (0 <= low <= 1 and high >= 0):
+    if not (_is_real(low) and _is_real(high) and 0 <= low <= 1 and high >= 0):
         raise ValueError(
-            f"{name}: clip_low={low}, clip_high={high}; clip_low must lie in [0, 1] and clip_high must not be negative"
+            f"{name}: clip_low={low!r}, clip_high={high!r}; clip_low must lie in [0, 1], clip_high be at least 0"
         )
 
 
 def _check_rows(name: str, field: str, values: Tensor | None, sequence_index: Tensor) -> None:
+    _check_tensor(name, field, values)
     if values is not None and values.shape != sequence_index.shape:
         raise ValueError(
             f"{name}: {field} has shape {tuple(values.shape)}, sequence_index has {tuple(sequence_index.shape)}; "
@@ -330,9 +360,12 @@ def _check_sequences(name: str, advantages: Tensor, sequence_index: Tensor, num_
             "one device (the CPU will do, whatever device the loss runs on)"
         )
     _check_num_tokens(name, num_tokens)
-    # On a GPU the look would wait for the device, and in a traced graph there is nothing to see: an index out of range
-    # is caught there by the gather's own assertion.
-    if sequence_index.device.type != "cpu" or torch.compiler.is_compiling() or not sequence_index.numel():
+    if sequence_index.device.type != "cpu":  # a look would make the host wait, so the device asserts
+        good = (sequence_index >= 0) & (sequence_index < advantages.numel())
+        torch._assert_async(good.all(), f"{name}: sequence_index outside [0, {advantages.numel()})")
+        return
+    # In a traced graph there is nothing to see: the operator looks again when it runs.
+    if torch.compiler.is_compiling() or not sequence_index.numel():
         return
     low, high = sequence_index.aminmax()
     if low < 0 or high >= advantages.numel():

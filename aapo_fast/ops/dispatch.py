@@ -45,9 +45,15 @@ def survey(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Can
     return [
         _triton(device, dtype),
         _native(device, dtype),
-        Candidate("torch", True, f"chunked PyTorch, runs on {device.type}"),
+        _torch(device),
         Candidate("reference", True, "materialises all logits; for tests, never chosen by auto", automatic=False),
     ]
+
+
+def _torch(device: torch.device) -> Candidate:
+    if device.type == "mps":  # which has no float64, in which sums of rows are taken
+        return Candidate("torch", False, "MPS devices have no float64; move the operands to the CPU")
+    return Candidate("torch", True, f"chunked PyTorch, runs on {device.type}")
 
 
 def _triton(device: torch.device, dtype: torch.dtype) -> Candidate:
@@ -86,7 +92,11 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype = torch.float32)
         raise ValueError(f"implementation={name!r} is unknown; use 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
     candidates = survey(device, dtype)
     if name == "auto":
-        return next(c.name for c in candidates if c.available and c.automatic)
+        found = next((c.name for c in candidates if c.available and c.automatic), None)
+        if found is None:
+            why = "; ".join(f"{c.name}: {c.reason}" for c in candidates if c.automatic)
+            raise RuntimeError(f"no implementation runs on {device.type}: {why}")
+        return found
     chosen = next(c for c in candidates if c.name == name)
     if not chosen.available:
         raise RuntimeError(f"implementation={name!r} is not available on {device.type}: {chosen.reason}")

@@ -167,7 +167,7 @@ def test_padding_of_the_vocabulary_has_neither_probability_nor_gradient():
         ({"vocab_size": 0}, "vocab_size=0; weight has 10 rows"),
         ({"vocab_size": 11}, "vocab_size=11; weight has 10 rows"),
         ({"vocab_size": 3}, r"targets\[1\] is 4, outside \[0, 3\)"),
-        ({"logit_scale": 0.0}, "logit_scale=0.0; it must be positive"),
+        ({"logit_scale": 0.0}, "logit_scale=0.0; give a positive"),
         ({"temperature": torch.ones(3)}, r"temperature has shape \(3,\)"),
         ({"temperature": torch.tensor([1.0, 0.0, 1.0, 1.0])}, r"temperature\[1\] is 0.0"),
         ({"temperature": torch.tensor([1.0, 1.0, torch.nan, 1.0])}, r"temperature\[2\] is nan"),
@@ -279,7 +279,7 @@ def test_objectives_refuse_what_does_not_fit():
     index = torch.zeros(4, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"AAPO: rollout_logps has shape \(3,\)"):
         af.AAPO(torch.ones(1), index, 4.0, rollout_logps=torch.zeros(3))
-    with pytest.raises(ValueError, match="max_ratio=0"):
+    with pytest.raises(ValueError, match="max_ratio=0.0; it must be a positive number"):
         af.REINFORCE(torch.ones(1), index, 4.0, max_ratio=0.0)
     with pytest.raises(ValueError, match="CISPO: clip_low=2"):
         af.CISPO(torch.ones(1), index, 4.0, clip_low=2)
@@ -293,6 +293,16 @@ def test_objectives_refuse_what_does_not_fit():
         af.SFT("12")
     with pytest.raises(ValueError, match="AAPO: advantages is a list"):
         af.AAPO([1.0], index, 4.0)
+    with pytest.raises(ValueError, match="GRPO: old_logps is a list; give a torch.Tensor"):
+        af.GRPO(torch.ones(1), index, 4.0, old_logps=[0.0] * 4)
+    with pytest.raises(ValueError, match="SFT: weights is a list; give a torch.Tensor"):
+        af.SFT(4.0, [1.0] * 4)
+    with pytest.raises(ValueError, match="AAPO: max_ratio=None; it must be a positive number"):
+        af.AAPO(torch.ones(1), index, 4.0, max_ratio=None)
+    with pytest.raises(ValueError, match="GRPO: clip_low='0.2', clip_high=0.2"):
+        af.GRPO(torch.ones(1), index, 4.0, clip_low="0.2")
+    with pytest.raises(ValueError, match="Regularized: objective is the class SFT; give an objective"):
+        af.Regularized(af.SFT, 4.0)
     with pytest.raises(ValueError, match="VocabularyShard: start=-3"):
         af.VocabularyShard(None, -3, 17)
     hidden, weight, targets, _ = problem(4, 8, 17)

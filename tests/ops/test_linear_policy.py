@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from op_support import VARIANTS, objectives, problem, relative, run, sequences, variant_problem
@@ -63,6 +64,21 @@ def test_the_upstream_scale_costs_no_rounding(dtype, upstream):
     _, grads = run("torch", inputs, af.SFT(2e5), upstream=upstream)
     for grad, true_grad in zip(grads, true_grads, strict=True):
         assert relative(grad, true_grad) <= 1.1 * relative(true_grad.to(dtype), true_grad)
+
+
+def test_gradients_of_a_kept_graph_are_the_callers_own():
+    """To be divided by their norm, say, before the graph is used again."""
+    hidden, weight, targets, _ = problem(8, 8, 31, dtype=torch.float32)
+    loss = af.linear_policy_loss(hidden, weight, targets, af.SFT(8.0)).loss
+    [first] = torch.autograd.grad(loss, weight, retain_graph=True)
+    truth = first.clone()
+    first.div_(first.norm())
+    [second] = torch.autograd.grad(loss, weight, retain_graph=True)
+    assert torch.equal(second, truth)
+    first.zero_()
+    assert torch.equal(second, truth)
+    loss.backward()
+    assert torch.equal(weight.grad, truth)
 
 
 def test_a_second_backward_gives_the_same_gradient_again():
@@ -217,6 +233,19 @@ def test_noncontiguous_hidden_and_mixed_dtypes():
     assert low.grad.dtype == torch.bfloat16
 
 
+class Active:
+    """An objective with such an answer."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def active(self):
+        return self.answer
+
+    def __call__(self, tokens):
+        return -tokens.logps
+
+
 def bad(match, error=ValueError, **changes):
     return pytest.param(changes, match, error, id=match[:40])
 
@@ -236,6 +265,20 @@ def bad(match, error=ValueError, **changes):
         bad("softcap=-1", softcap=-1.0),
         bad("implementation='cuda' is unknown", implementation="cuda"),
         bad("weight is on meta", weight=torch.randn(10, 8, device="meta")),
+        bad("hidden is a list; give a torch.Tensor", hidden=[[0.0] * 8] * 4),
+        bad("hidden is a ndarray; give a torch.Tensor", hidden=np.zeros((4, 8), dtype=np.float32)),
+        bad("weight is a Linear; give its weight", weight=torch.nn.Linear(8, 10)),
+        bad("targets is a NoneType; give a torch.Tensor", targets=None),
+        bad("bias is a list; give a torch.Tensor", bias=[0.0] * 10),
+        bad("softcap='30'; give a positive, finite number, or None", softcap="30"),
+        bad("softcap is a tensor, which would get no gradient here", softcap=torch.tensor(30.0)),
+        bad("logit_scale=None; give a positive, finite number", logit_scale=None),
+        bad("logit_scale is a tensor, which would get no gradient", logit_scale=torch.nn.Parameter(torch.ones(()))),
+        bad("sparsity_threshold=None; give a number", sparsity_threshold=None),
+        bad("sparsity_threshold=5e-324; give a number", sparsity_threshold=5e-324),
+        bad("vocabulary_shard is a int; give a VocabularyShard", vocabulary_shard=3),
+        bad(r"active\(\) gave torch.int64; give", objective=Active(torch.full((4,), 2))),
+        bad(r"active\(\) gave a list; give", objective=Active([True] * 4)),
         bad("one loss a row", objective=lambda tokens: tokens.logps.sum()),
         bad("objective covers", objective=af.AAPO(torch.ones(1), torch.zeros(5, dtype=torch.int64), 4.0)),
     ],

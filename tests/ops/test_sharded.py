@@ -191,6 +191,24 @@ def _under_fsdp(rank, inside):
     assert relative(model.head.weight.grad.full_tensor(), single.head.weight.grad) < 1e-12
 
 
+def _tensor_parallel(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    hidden, weight, targets, _ = problem(12, 8, 30)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    sharded = distribute_tensor(weight.detach(), mesh, [Shard(0)])
+    with pytest.raises(ValueError, match="over the mesh dimension 'tp', whose ranks hold the same tokens; give"):
+        af.linear_policy_loss(hidden, sharded, targets, af.SFT(12.0))
+    with pytest.raises(ValueError, match=r"hidden is a DTensor; give this rank's rows of it, hidden.to_local\(\)"):
+        af.linear_logprobs(distribute_tensor(hidden.detach(), mesh, [Shard(0)]), weight, targets)
+
+
+def test_tensor_parallelism_is_another_sum():
+    """The gradients of ranks that hold the same tokens would be added up."""
+    on_two_processes(_tensor_parallel)
+
+
 @pytest.mark.parametrize("inside", [True, False], ids=["called inside the model", "called on a DTensor"])
 def test_head_under_fsdp2(inside):
     on_two_processes(functools.partial(_under_fsdp, inside=inside))

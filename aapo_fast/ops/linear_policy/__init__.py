@@ -45,7 +45,7 @@ class PolicyLoss:
 
 @dataclass(frozen=True)
 class LogProbs:
-    """Result of ``linear_logprobs``, (N,) each, fp32, all with gradient.
+    """Result of ``linear_logprobs``, (N,) each, fp32 (fp64 for fp64 inputs), all with gradient.
 
     Rows whose target is ``IGNORE_INDEX`` hold zero and get no gradient.
 
@@ -96,9 +96,11 @@ def linear_policy_loss(
     forward, and handed out in the backward: call ``backward`` for each microbatch, since every loss holds its (V, H)
     gradient until then, and evaluate under ``torch.no_grad()``, which saves two of the three products. With
     ``backward="sparse"`` on a GPU the weight's gradient is made in the backward, from ``hidden``, which has to be left
-    alone until then. There is no second derivative. Statistics and weight gradients are kept in fp32 (fp64 for fp64
-    inputs) and rounded once, in the backward, to the dtype of their tensor. Under autocast the products are computed
-    from operands in its dtype, and the gradients are still those of the tensors given, in their dtype.
+    alone until then. There is no second derivative, and no ``torch.func``. Statistics and weight gradients are kept in
+    fp32 (fp64 for fp64 inputs) and rounded once, in the backward, to the dtype of their tensor. Under autocast the
+    products are computed from operands in its dtype, and the gradients are still those of the tensors given, in their
+    dtype. Hidden states of rows without a target must be finite where these are masked and not dropped, on a GPU:
+    0 * NaN is NaN in the weight's gradient.
 
     On a CPU a large gradient lies in memory that is kept for the next one, and cannot be resized. On a CPU with AMX,
     fp32 matrix products of other threads are rounded to bf16 while one of this function's bf16 products runs.
@@ -106,12 +108,12 @@ def linear_policy_loss(
     Args:
         hidden: (N, H) fp64, fp32, bf16 or fp16.
         weight: (V, H) head weight, any of the same dtypes. A DTensor (FSDP2) is gathered, its gradient summed over the
-            mesh: divide the loss by the tokens of all ranks.
+            mesh: divide the loss by the tokens of all ranks. (Tensor parallelism: ``vocabulary_shard``.)
         targets: (N,) int64 sampled tokens in [0, V), or ``IGNORE_INDEX`` (-100): no target.
         objective: ``AAPO``, ``GRPO``, ``CISPO``, ``REINFORCE``, ``SFT``, one of them ``Regularized``, or any callable
             from ``Tokens`` to (C,) losses. The vectors of a dataclass may be on the CPU, whatever ``hidden`` is on
             (under ``torch.compile`` of those that stay in one visit: ``aapo_fast.objectives``).
-        bias: (V,) or None.
+        bias: (V,) or None. As a target, a token that a bias of -inf rules out has the log-probability -1e30.
         temperature: the logits are divided by it; use the sampling temperature. A number, or (N,) one a row.
         softcap: c of the final soft-capping ``c tanh(x / c)``, or None.
         logit_scale: a factor on the products, before the soft-cap (Cohere, Granite).
@@ -123,8 +125,8 @@ def linear_policy_loss(
             sparse ones. Not for the implementation "reference".
         sparsity_threshold: eps of the sparse rows, in (0, 1].
         seed: of the sample. Use another one at each step; the same one, on the same rows, gives the same gradient.
-        implementation: of the row kernels: "auto", "torch" (any device), "triton" (CUDA), "native" (C++, CPU) or
-            "reference" (materialises; for tests).
+        implementation: of the row kernels: "auto", "torch" (any device with float64), "triton" (CUDA), "native" (C++,
+            CPU) or "reference" (materialises; for tests).
         all_logps: compute log-probabilities of rows without weight too.
 
     Raises:

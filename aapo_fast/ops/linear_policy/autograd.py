@@ -78,8 +78,11 @@ class _PolicyLoss(torch.autograd.Function):
         d_weight = SparseProduct(*later) if later else d_weight
         # Rounded here and only once: before the upstream scale (1/3 of an accumulation, 65536 of a loss scaler) an fp16
         # gradient divided by many tokens would already have vanished.
-        found = zip((d_hidden, d_weight, d_bias), ctx.dtypes, strict=True)
-        d_hidden, d_weight, d_bias = (scaled(g, d_loss, t, ctx.implementation) for g, t in found)
+        saved = (d_hidden, d_weight, d_bias)
+        found = [scaled(g, d_loss, t, ctx.implementation) for g, t in zip(saved, ctx.dtypes, strict=True)]
+        if torch._C._autograd._get_current_graph_task_keep_graph():  # what is kept is not the caller's to write on
+            found = [g.clone() if g is not None and g is kept else g for g, kept in zip(found, saved, strict=True)]
+        d_hidden, d_weight, d_bias = found
         d_hidden = None if d_hidden is None else scattered(d_hidden, rows, ctx.num_rows, 0.0)
         return d_hidden, d_weight, d_bias, None, None, None, None
 
@@ -189,6 +192,9 @@ def active_rows(objective: Objective | None) -> Tensor | None:
     """(N,) bool: rows that have a loss at all; None is all."""
     active = getattr(objective, "active", None)
     mask: Tensor | None = active() if active is not None else None
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
+        got = mask.dtype if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ValueError(f"the objective's active() gave {got}; give an (N,) bool tensor, or None for all rows")
     return mask
 
 

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from aapo_fast.objectives import Objective
 from aapo_fast.ops.linear_policy.autograd import IGNORE_INDEX
-from aapo_fast.ops.linear_policy.sharded import VocabularyShard
+from aapo_fast.ops.linear_policy.sharded import VocabularyShard, is_distributed
+
+SMALLEST_THRESHOLD = 1e-30
+"""Its reciprocal is a number, and no probability that matters is less."""
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -21,7 +24,9 @@ def _is(value: object, kind: type) -> bool:
 
 
 def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
-    """Shapes, dtypes and devices. Raises ValueError."""
+    """Types, shapes, dtypes and devices. Raises ValueError."""
+    for name, given in (("hidden", hidden), ("weight", weight), ("targets", targets), ("bias", bias)):
+        _check_type(name, given)
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)}, weight has {tuple(weight.shape)}; they must be (N, H) and (V, H)"
@@ -41,6 +46,16 @@ def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
     for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}, hidden is on {hidden.device}; move them together")
+
+
+def _check_type(name: str, given: object) -> None:
+    if given is None and name == "bias":
+        return
+    if not isinstance(given, Tensor):
+        remedy = f"its {name}" if isinstance(given, torch.nn.Module) else "a torch.Tensor"
+        raise ValueError(f"{name} is a {type(given).__name__}; give {remedy}")
+    if is_distributed(given):  # of the weight and the bias there is the whole by now
+        raise ValueError(f"{name} is a DTensor; give this rank's rows of it, {name}.to_local()")
 
 
 def check_objective(objective: Objective, targets: Tensor) -> None:
@@ -83,18 +98,20 @@ def check_numbers(
     softcap: float | None, logit_scale: float, backward: str, sparsity_threshold: float, seed: int, implementation: str
 ) -> None:
     """Everything that is not a tensor. Raises ValueError."""
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap={softcap!r}; it must be positive and finite, or None")
-    if not 0 < logit_scale < math.inf:
-        raise ValueError(f"logit_scale={logit_scale!r}; it must be positive and finite")
+    for name, number, more in (("softcap", softcap, ", or None"), ("logit_scale", logit_scale, "")):
+        if isinstance(number, Tensor):
+            raise ValueError(f"{name} is a tensor, which would get no gradient here; give a positive number{more}")
+        positive = number is not None and _is(number, numbers.Real) and 0 < number < math.inf
+        if not (positive or (number is None and more)):
+            raise ValueError(f"{name}={number!r}; give a positive, finite number{more}")
     if backward not in ("exact", "sparse"):
         raise ValueError(f"backward={backward!r} is unknown; use 'exact' or 'sparse'")
     if backward == "sparse" and implementation == "reference":
         raise ValueError(
             "backward='sparse' is not for implementation='reference', which is the exact truth; use 'torch'"
         )
-    if not 0 < sparsity_threshold <= 1:
-        raise ValueError(f"sparsity_threshold={sparsity_threshold!r} must lie in (0, 1]")
+    if not (_is(sparsity_threshold, numbers.Real) and SMALLEST_THRESHOLD <= sparsity_threshold <= 1):
+        raise ValueError(f"sparsity_threshold={sparsity_threshold!r}; give a number in (0, 1], for example 2**-13")
     if not _is(seed, numbers.Integral):
         raise ValueError(f"seed={seed!r} must be an int")
 
@@ -107,6 +124,8 @@ def as_int64(seed: int) -> int:
 def live_rows(vocab_size: int | None, num_rows: int, shard: VocabularyShard | None, implementation: str) -> int:
     """How many of the weight's rows are tokens. Raises ValueError if none is, or if the weight is too short."""
     if shard is not None:
+        if not isinstance(shard, VocabularyShard):
+            raise ValueError(f"vocabulary_shard is a {type(shard).__name__}; give a VocabularyShard")
         if vocab_size is not None:
             raise ValueError(f"vocab_size={vocab_size} beside vocabulary_shard; give it as the shard's vocab_size")
         if implementation == "reference":

@@ -56,6 +56,6 @@ def policy_loss(
     active = None if active is None else to_device(active, targets.device)
     rows = torch.arange(targets.numel(), device=targets.device) if visited is None else visited
     losses = objective(Tokens(logps[rows], entropy[rows], rows, logsumexp[rows]))
-    loss = (losses if active is None else losses.where(active[rows], 0.0)).sum()
+    loss = (losses if active is None else losses.where(active[rows], 0.0)).sum().to(logps.dtype)
     logps, entropy = (scattered(v.detach()[rows], visited, targets.numel(), math.nan) for v in (logps, entropy))
     return loss, logps, entropy

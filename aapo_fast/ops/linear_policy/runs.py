@@ -35,6 +35,7 @@ def policy_loss(work: Pass, objective: Objective, active: Tensor | None) -> tupl
         stats = _visit_with_known_weights(work, weights, counts)
         # On the vectors of all rows at once: on a GPU some sixty launches a panel would be a twentieth of the time.
         loss, wanted = _differentiate(objective, stats, work.numbers, counts)
+        loss = loss.to(work.dtype)  # and not in that of the advantages
     logps, entropy = (values.where(work.has_target, torch.nan) for values in (stats.logps, stats.entropy))
     return loss, logps, entropy, work.end(stats, wanted)
 
@@ -79,13 +80,15 @@ def _visit_with_known_weights(work: Pass, linear: LinearWeights, counts: Tensor)
 
 
 def _linear_weights(objective: Objective) -> LinearWeights | None:
-    """What ``linear()`` gives, unless a subclass has another loss than the class that promised a linear one."""
+    """What ``linear()`` gives, unless a subclass may have another loss than the class that promised a linear one: it
+    has a ``__call__`` of its own, or anything else of that class but the rows that count.
+    """
     lines = type(objective).__mro__
-    promised, called = (
-        next((place for place, kind in enumerate(lines) if name in vars(kind)), len(lines))
-        for name in ("linear", "__call__")
-    )
-    if promised == len(lines) or called < promised:
+    promised = next((place for place, kind in enumerate(lines) if "linear" in vars(kind)), None)
+    if promised is None:
+        return None
+    known = {name for name in dir(lines[promised]) if not name.startswith("__")} - {"active", "num_rows"} | {"__call__"}
+    if any(known & vars(kind).keys() for kind in lines[:promised]):
         return None
     found: LinearWeights | None = objective.linear()  # type: ignore[attr-defined]
     return found

@@ -70,17 +70,35 @@ class VocabularyShard:
         dist.all_reduce(gradient, group=self.group)
 
 
+def is_distributed(tensor: object) -> bool:
+    """Whether it is a DTensor."""
+    # Importing it takes most of a second, and where nobody has there are no DTensors.
+    if "torch.distributed.tensor" not in sys.modules:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
 def whole(weight: Tensor) -> Tensor:
     """``weight`` itself, or the whole of a DTensor.
 
     The gradient of a DTensor is summed over its mesh, which is right for a loss that every rank divides by the number
     of tokens of all ranks.
+
+    Raises:
+        ValueError: the mesh is one of tensor parallelism, whose ranks hold the same tokens: the sum would be the
+            gradient as many times as there are ranks.
     """
-    # Importing it takes most of a second, and where nobody has there are no DTensors.
-    if "torch.distributed.tensor" not in sys.modules:
+    if not is_distributed(weight):
         return weight
     from torch.distributed.tensor import DTensor, Partial
 
-    if not isinstance(weight, DTensor):
-        return weight
+    assert isinstance(weight, DTensor)
+    names = [name for name in weight.device_mesh.mesh_dim_names or () if name.lower().startswith(("tp", "tensor"))]
+    if names:
+        raise ValueError(
+            f"weight is a DTensor over the mesh dimension {names[0]!r}, whose ranks hold the same tokens; give "
+            "weight.to_local() and vocabulary_shard=VocabularyShard.from_local(its rows, the mesh's group)"
+        )
     return weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)

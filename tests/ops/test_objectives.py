@@ -1,0 +1,139 @@
+"""Objectives as users build them: in any dtype, subclassed, wrapped, far from the policy that sampled."""
+
+import pytest
+import support
+import torch
+from op_support import problem, relative, run, sequences
+
+import aapo_fast as af
+from aapo_fast.ops import dispatch
+
+IMPLEMENTATIONS = [c.name for c in dispatch.survey(torch.device("cpu")) if c.available and c.name != "reference"]
+KINDS = {"AAPO": af.AAPO, "GRPO": af.GRPO, "SFT": lambda a, i, n: af.SFT(n, a[i])}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sixteen_bit_weights_are_divided_in_fp32(dtype, kind):
+    """By 10^8 tokens they would otherwise all be zero in fp16, and off by 10^-3 in bf16."""
+    advantages, index = sequences(12)
+    narrow = advantages.to(dtype)
+    for implementation in ("torch", "reference"):
+        inputs = problem(12, 8, 50, dtype=torch.float32)
+        out, grads = run(implementation, inputs, KINDS[kind](narrow, index, 1e8))
+        truth, true_grads = run(implementation, inputs, KINDS[kind](narrow.float(), index, 1e8))
+        assert relative(out.loss, truth.loss) < 1e-6 and truth.loss != 0
+        assert all(relative(a, b) < 1e-6 for a, b in zip(grads, true_grads, strict=True))
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "reference"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_in_the_dtype_of_the_pass(implementation, kind):
+    """Whatever the advantages are in; a graph has been promised it."""
+    advantages, index = sequences(12)
+    hidden, weight, targets, _ = problem(12, 8, 50, dtype=torch.float32)
+    objective = KINDS[kind](advantages, index, 12.0)
+    out = af.linear_policy_loss(hidden, weight, targets, objective, implementation=implementation)
+    assert out.loss.dtype == out.logps.dtype == torch.float32
+
+
+@support.needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_advantages_of_another_dtype_in_inductor(dtype):
+    """Which would read a loss of one dtype as another, and make any number of it."""
+    advantages, index = sequences(12)
+    hidden, weight, targets, _ = problem(12, 8, 50, dtype=torch.float32)
+
+    def step(advantages):
+        out = af.linear_policy_loss(hidden, weight, targets, af.AAPO(advantages, index, 12.0))
+        return out.loss * 3 + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True)(advantages.to(dtype))
+    assert compiled.item() == pytest.approx(step(advantages.to(dtype)).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "reference"])
+def test_rows_that_an_objective_leaves_out_are_left_out_when_it_is_regularized(implementation):
+    class FirstHalf:
+        def active(self):
+            return torch.arange(12) < 6
+
+        def __call__(self, tokens):
+            return -tokens.logps
+
+    inputs = problem(12, 8, 50)
+    out, grads = run(implementation, inputs, FirstHalf())
+    wrapped, others = run(implementation, inputs, af.Regularized(FirstHalf(), 1.0))
+    assert relative(wrapped.loss, out.loss) < 1e-14 and not wrapped.logps.isnan().any()
+    assert all(relative(a, b) < 1e-13 for a, b in zip(others, grads, strict=True))
+    entropy, _ = run(implementation, inputs, af.Regularized(FirstHalf(), 12.0, entropy_bonus=0.5))
+    assert relative(entropy.loss, out.loss - 0.5 * entropy.entropy.mean()) < 1e-13  # which all rows have
+
+
+class EverySecondToken(af.AAPO):
+    """Another loss than the one that its class says is linear in the advantages, by a method that it calls."""
+
+    def _advantage(self, tokens):
+        return super()._advantage(tokens) * (tokens.rows % 2)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_subclass_may_have_other_advantages(implementation):
+    advantages, index = sequences(12)
+    objective = EverySecondToken(advantages.float(), index, 12.0)
+    inputs = problem(12, 8, 50, dtype=torch.float32)
+    out, grads = run(implementation, inputs, objective)
+    truth, true_grads = run("reference", inputs, objective)
+    assert relative(out.loss, truth.loss) < 1e-6
+    assert all(relative(a, b) < 2e-6 for a, b in zip(grads, true_grads, strict=True))
+
+
+@pytest.mark.parametrize("kind", [af.GRPO, af.CISPO, af.REINFORCE])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_ratio_beyond_fp32_poisons_nothing(kind, sign):
+    """exp(logp - old) is infinite from 88.7 on: a clipped token has no gradient, and not 0 * inf."""
+    advantages, index = sign * torch.tensor([1.0, 0.5, 0.3, 2.0]), torch.arange(12) // 3
+    inputs = problem(12, 8, 50, dtype=torch.float32)
+    old = af.linear_logprobs(*inputs[:3]).logps.detach() - 0.05
+    old[5] = -200.0
+    out, grads = run("torch", inputs, kind(advantages, index, 12.0, old))
+    assert out.loss.isfinite() and all(g.isfinite().all() and g.norm() > 0 for g in grads)
+    if kind is af.GRPO and sign > 0:
+        assert grads[0][5].norm() == 0
+
+
+@pytest.mark.parametrize("implementation", ["torch", "reference"])
+def test_advantages_of_tokens_are_advantages_of_sequences_of_one(implementation):
+    """As a critic or turns have them: what the docstrings say of that."""
+    g = torch.Generator().manual_seed(0)
+    each = torch.randn(12, generator=g, dtype=torch.float64)
+    inputs = problem(12, 8, 50)
+    out, grads = run(implementation, inputs, af.AAPO(each, torch.arange(12), 12.0))
+    truth, true_grads = run("reference", inputs, lambda tokens: -each[tokens.rows] * tokens.logps / 12)
+    assert relative(out.loss, truth.loss) < 1e-13
+    assert all(relative(a, b) < 1e-13 for a, b in zip(grads, true_grads, strict=True))
+
+
+def test_a_sequence_out_of_range_is_not_silent_in_a_graph():
+    """A negative index would count from the end in the loss, and be nobody's in the gradient."""
+    hidden, weight, targets, _ = problem(12, 8, 50)
+    index = torch.arange(12) // 3
+    index[5] = -1
+
+    def step(index):
+        objective = af.Regularized(af.AAPO(torch.ones(4), index, 12.0), 12.0)
+        return af.linear_policy_loss(hidden, weight, targets, objective).loss
+
+    with pytest.raises(ValueError, match=r"sequence_index spans -1..3"):
+        step(index)
+    with pytest.raises(ValueError, match=r"sequence_index spans -1..3"):
+        torch.compile(step, backend="aot_eager", fullgraph=True)(index)
+
+
+def test_a_device_without_float64_is_refused_in_words():
+    mps = torch.device("mps")
+    with pytest.raises(RuntimeError, match="no implementation runs on mps: .*torch: MPS devices have no float64"):
+        dispatch.resolve("auto", mps)
+    with pytest.raises(RuntimeError, match="'torch' is not available on mps: MPS devices have no float64; move"):
+        dispatch.resolve("torch", mps)
