@@ -28,7 +28,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def test_there_are_the_papers_configs():
-    assert {path.name for path in CONFIGS.glob("*.toml")} >= {"aapo-1.5b.toml", "aapo-7b.toml"}
+    assert {path.name for path in CONFIGS.glob("*.toml")} >= {"aapo-1.5b.toml", "aapo-7b.toml", "gpu-0.5b.toml"}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)

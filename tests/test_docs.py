@@ -78,6 +78,14 @@ def test_the_pages_of_results_are_those_of_the_results(page, tmp_path):
     assert (tmp_path / page).read_text() == (ROOT / "docs" / page).read_text()
 
 
+def test_every_variable_of_the_environment_is_on_the_page_of_installation():
+    code = [ROOT / "setup.py", *(ROOT / "aapo_fast").rglob("*.py")]
+    names = {name for path in code for name in re.findall(r"AAPO_FAST_[A-Z_]+", path.read_text())}
+    internal = {"AAPO_FAST_END_WITH_PARENT"}  # between a run and the servers that it starts
+    page = (ROOT / "docs" / "install.md").read_text()
+    assert set(re.findall(r"`(AAPO_FAST_[A-Z_]+)`", page)) == names - internal
+
+
 def test_the_page_on_vllm_has_the_figures_of_its_results():
     """The tables are what `aapo-fast bench sync` printed; the sentences are of `benchmarks/quickstart.py`."""
     page = (ROOT / "docs" / "vllm.md").read_text()

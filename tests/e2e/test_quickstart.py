@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import transformers
@@ -33,6 +35,10 @@ def test_two_steps_of_the_quickstart(tmp_path):
     assert (folder / "curve.png").exists()
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert any(step["updated"] for step in steps)
+    page = (Path(__file__).parents[2] / "docs" / "runs.md").read_text().partition("## Metrics")[2].partition("\n## ")[0]
+    described = {name for line in page.splitlines() for name in re.findall(r"`(\w+)`", line.split(" | ")[0])}
+    of_vllm = {"engine_sync_seconds", "engine_sync_bytes", "engine_server_failures", "engine_server_restarts"}
+    assert set(steps[0]) == described - of_vllm
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
