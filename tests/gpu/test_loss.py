@@ -1,12 +1,13 @@
 """The fused loss on a GPU: accuracy, size, memory, determinism, and a host that never waits.
 
-Run alone by benchmarks/gpu_suite.sh; needs torch with CUDA, triton and pytest, nothing else.
+Needs torch with CUDA, triton and pytest, and transformers with tokenizers, which tests/support.py imports.
 """
 
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import accuracy
 import pytest
@@ -17,10 +18,9 @@ from op_support import relative
 import aapo_fast as af
 from aapo_fast.bench.inputs import make_problem
 from aapo_fast.bench.shapes import Case, Head
-from aapo_fast.ops.linear_policy import sparse
+from aapo_fast.ops.linear_policy import chunked, sizes
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from aapo_fast.ops.linear_policy import sparse_triton
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,26 +52,20 @@ def test_real_heads_in_several_chunks(h, v):
     assert not accuracy.complaints(data, found, true, dense_bf16=True)
 
 
-@pytest.fixture
-def sparse_whatever_it_costs(monkeypatch):
-    """Rows of these tests are flatter than a model's: most blocks would be dense."""
-    monkeypatch.setattr(sparse_triton, "DENSE_SHARE", 10.0)
-
-
 @pytest.mark.usefixtures("sparse_whatever_it_costs")
 @pytest.mark.parametrize("backward", ["exact", "sparse"])
-def test_the_same_bits_every_time(backward):
+def test_the_same_bits_every_time(backward, roads):
     data = accuracy.make("model-like", 3000, 512, 151_936, torch.bfloat16, "cuda")
     once, again = (gradients(data, backward=backward, seed=7) for _ in range(2))
+    assert set(roads) == {"sparse" if backward == "sparse" else "dense"}
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
-def test_sparse_rows_are_unbiased_and_no_worse_than_dense_bf16(monkeypatch):
+@pytest.mark.usefixtures("sparse_whatever_it_costs")
+def test_sparse_rows_are_unbiased_and_no_worse_than_dense_bf16():
     """fp32 operands, so that the sample is the only error; dense rows in bf16 are the yardstick. Rows have the entropy
     of a model's own samples, for which this is promised: flatter ones have more dust to sample.
     """
-    for module in (sparse, sparse_triton):
-        monkeypatch.setattr(module, "DENSE_SHARE", 10.0)
     problem = make_problem(Case(Head("narrow", 128, 49_152), 400, "float32", "model-like"), torch.device("cuda"))
     hidden, weight, targets = problem.hidden.detach(), problem.weight.detach(), problem.targets
     a = -problem.token_weights.double() / len(targets)
@@ -94,46 +88,71 @@ def test_sparse_rows_are_unbiased_and_no_worse_than_dense_bf16(monkeypatch):
         assert mean < 0.4 * sum(errors) / 16
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_triton_and_torch_take_the_same_sample(implementation, monkeypatch):
-    for module in (sparse, sparse_triton):
-        monkeypatch.setattr(module, "DENSE_SHARE", 10.0)
+@pytest.mark.usefixtures("sparse_whatever_it_costs")
+def test_triton_and_torch_take_the_same_sample():
     data = accuracy.make("model-like", 300, 64, 32_003, torch.float32, "cuda")
     options = {"backward": "sparse", "sparsity_threshold": 2**-10, "seed": 3}
-    ours = gradients(data, implementation=implementation, **options)
-    other = gradients(data, implementation="torch", **options)
+    ours, other = (gradients(data, implementation=name, **options) for name in ("triton", "torch"))
     assert all(relative(a, b) < 5e-3 for a, b in zip(ours, other, strict=True))
 
 
+@pytest.mark.parametrize("buffers", ["small", "one panel"])
 @pytest.mark.parametrize("backward", ["exact", "sparse"])
-def test_more_than_two_to_the_31_logits_in_little_memory(backward):
-    """65,537 rows of 49,152: beyond a grid of 65,535 and beyond 32-bit offsets. The last rows are looked at."""
+def test_more_than_two_to_the_31_logits(backward, buffers, roads, monkeypatch):
+    """65,537 rows of 49,152, beyond a grid of 65,535 and beyond 32-bit offsets: in little memory, where no kernel sees
+    so many at a time, and in a single panel, where all of them do.
+    """
     n, h, v = 65_537, 256, 49_152
-    data = accuracy.make("model-like", n, h, v, torch.bfloat16, "cuda")
+    real, made = chunked.buffer_rows, []
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0], device="cuda").repeat(3)  # no sequence without a weight
+    data = replace(accuracy.make("model-like", n, h, v, torch.bfloat16, "cuda"), rewards=rewards)
+    if backward == "sparse":
+        data.hidden.mul_(2.5)  # some fifty entries a row, where 197 would be dense
+    if buffers == "one panel":
+        monkeypatch.setenv(sizes.BUFFER_VARIABLE, "48")
+    monkeypatch.setattr(chunked, "buffer_rows", lambda *given: made.append(real(*given)) or made[-1])
+    true = accuracy.truth(data)
     hidden, weight = (t.requires_grad_() for t in (data.hidden, data.weight))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     out = af.linear_policy_loss(
-        hidden, weight, data.targets, data.objective(), temperature=0.8, all_logps=True, backward=backward
+        hidden, weight, data.targets, data.objective(), temperature=data.temperature, all_logps=True, backward=backward
     )
     out.loss.backward()
     extra = torch.cuda.max_memory_allocated() - before - 2 * (hidden.numel() + weight.numel())
-    assert extra < 2**30, f"{extra / 2**20:.0f} MiB beyond dX and dW"
-    rows = torch.cat([torch.arange(64), torch.arange(43_600, 43_760), torch.arange(n - 64, n)]).cuda()
-    a = -data.objective().advantages[data.sequence_index[rows]].double() / n
-    z = (hidden.detach()[rows].double() @ weight.detach().double().t()) / 0.8
-    d = -z.softmax(1) * a[:, None]
-    d[torch.arange(len(rows)), data.targets[rows]] += a
-    truth = (d / 0.8) @ weight.detach().double()
-    at_target = z.log_softmax(1).gather(1, data.targets[rows, None]).squeeze(1)
-    assert relative(out.logps[rows], at_target) < 1e-5
-    assert relative(hidden.grad[rows], truth) < (6e-3 if backward == "exact" else 3e-2)
+    [(_, panel_rows)] = made
+    if buffers == "one panel":
+        assert panel_rows == n and panel_rows * v > 2**31
+    else:
+        assert extra < 2**30, f"{extra / 2**20:.0f} MiB beyond dX and dW"
+    assert set(roads) == {"sparse" if backward == "sparse" else "dense"}
+    last = slice(n - 64, n)
+    for rows in (slice(None), last):
+        assert relative(out.logps[rows], true["logps"][rows]) < 1e-5
+        assert relative(hidden.grad[rows], true["dX"][rows]) < 6e-3
+    assert relative(weight.grad, true["dW"]) < 6e-3
+
+
+@pytest.fixture
+def sent_from_pinned_memory(monkeypatch):
+    """Of each tensor sent without blocking, whether it was pinned. From other memory the copy waits all the same, which
+    CUDA's debug mode does not see.
+    """
+    found, real = [], torch.Tensor.to
+
+    def to(tensor, *given, **options):
+        if options.get("non_blocking"):
+            found.append(tensor.is_pinned())
+        return real(tensor, *given, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    return found
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_host_never_waits(dtype, implementation):
+def test_the_host_never_waits(dtype, implementation, sent_from_pinned_memory):
     data = accuracy.make("ninety per cent without weight", 900, 128, 32_003, dtype, "cuda")
     data.targets[::7] = af.ops.linear_policy.IGNORE_INDEX
     objective = data.objective()
@@ -152,14 +171,16 @@ def test_the_host_never_waits(dtype, implementation):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert hidden.grad.isfinite().all() and hidden.grad[::7].norm() == 0
+    assert len(sent_from_pinned_memory) >= 3 and all(sent_from_pinned_memory)  # advantages, index, rows to visit
 
 
 @pytest.mark.usefixtures("sparse_whatever_it_costs")
-def test_sparse_rows_wait_for_their_counts_only():
+def test_sparse_rows_wait_for_their_counts_only(roads):
     """Which arrive behind an event: what would wait for the whole stream is an error here."""
     data = accuracy.make("model-like", 900, 128, 32_003, torch.bfloat16, "cuda")
     objective = data.objective()
     accuracy.results(data, "triton", backward="sparse")  # compiled beforehand
+    assert set(roads) == {"sparse"}
     hidden, weight = (t.requires_grad_() for t in (data.hidden, data.weight))
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -224,29 +245,43 @@ def test_a_target_out_of_range_is_an_assertion_of_the_device():
     assert done.returncode != 0 and "targets outside [0, 40)" in done.stdout + done.stderr
 
 
+SANITIZED = """
+import sys, torch, aapo_fast as af
+from aapo_fast.ops.linear_policy import sparse_triton
+sparse_triton.DENSE_SHARE = 10.0
+
+def both(dtype, v, objective, **options):
+    x, w = (torch.randn(n, 16, device="cuda").to(dtype).requires_grad_() for n in (37, v))
+    t = torch.randint(v, (37,), device="cuda")
+    options |= {"implementation": "triton", "sparsity_threshold": 2**-6}
+    for backward in ("exact", "sparse"):
+        af.linear_policy_loss(x, w, t, objective, backward=backward, **options).loss.backward()
+
+known = af.AAPO(torch.linspace(-1, 1, 4), torch.arange(37) % 4, 37.0)
+for v in map(int, sys.argv[1:]):
+    both(torch.bfloat16, v, af.SFT(37.0))
+    both(torch.bfloat16, v, known)
+    both(torch.float32, v, known)
+    rows = {"softcap": 5.0, "temperature": torch.linspace(0.5, 1.5, 37, device="cuda")}
+    both(torch.bfloat16, v, known, **rows)
+    both(torch.float32, v, af.SFT(37.0), **rows)
+torch.cuda.synchronize()
+"""
+"""Two sweeps, or one launch of both where the weights are known beforehand; gradient rows in place (fp32) and apart."""
+
+
 def test_compute_sanitizer_finds_nothing():
-    """Out-of-bounds and misaligned accesses of the custom kernels, both modes, ragged sizes. Each tensor is an
-    allocation of its own, without which a neighbour's memory would do; calls that cuBLAS tries in vain are no errors.
+    """Out-of-bounds and misaligned accesses of the custom kernels, both modes, one column more than whole blocks have;
+    VOCABULARIES="7 1009 4097" tries more sizes. Each tensor is an allocation of its own, without which a neighbour's
+    memory would do; calls that cuBLAS tries in vain are no errors.
     """
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed here")
-    code = (
-        "import torch, aapo_fast as af\n"
-        "from aapo_fast.ops.linear_policy import sparse_triton\n"
-        "sparse_triton.DENSE_SHARE = 10.0\n"
-        "for v in (7, 1009, 4097):\n"
-        "    x = torch.randn(37, 16, device='cuda', dtype=torch.bfloat16, requires_grad=True)\n"
-        "    w = torch.randn(v, 16, device='cuda', dtype=torch.bfloat16, requires_grad=True)\n"
-        "    t = torch.randint(v, (37,), device='cuda')\n"
-        "    for backward in ('exact', 'sparse'):\n"
-        "        o = af.linear_policy_loss(x, w, t, af.SFT(37.0), backward=backward, sparsity_threshold=2**-6)\n"
-        "        o.loss.backward()\n"
-        "torch.cuda.synchronize()\n"
-    )
-    command = [sanitizer, "--report-api-errors", "no", "--error-exitcode", "9", sys.executable, "-c", code]
+    command = [sanitizer, "--report-api-errors", "no", "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    command += os.environ.get("VOCABULARIES", "4097").split()
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
     if "Device not supported" in done.stdout + done.stderr:
         pytest.skip("compute-sanitizer does not reach the device here")
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
