@@ -25,13 +25,19 @@ pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
 
 
-def gradient(precision, kernel=None, family="llama", change=lambda model: None):
+def many_samples(prompts):
+    """Of 256 tokens each, with weights of their own and no two alike."""
+    starts = [[2 + i % 40] * 32 + [2 + i // 40] * 32 for i in range(prompts)]
+    return [Weighted(support.sample(start, [3] * 192), 1.0 - i / 512) for i, start in enumerate(starts)]
+
+
+def gradient(precision, kernel=None, family="llama", change=lambda model: None, samples=None):
     model = support.tiny(family).to(GPU)
     model.set_attn_implementation(attention.NAME)
     change(model)
     policy = Policy(model, support.tokenizer(), 0.9, precision=precision, flash=kernel)
     assert policy.packed
-    policy.loss(policy.batch(make_samples()), 50).loss.backward()
+    policy.loss(policy.batch(samples or make_samples()), 50).loss.backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()]).cpu()
 
 
@@ -65,19 +71,23 @@ def assert_true(value):
 
 @pytest.mark.parametrize("kind", ["selective", "full"])
 def test_recomputed_layers_give_the_same_gradient_from_less_memory(kind):
-    kernel = found("varlen")
+    """Of 2^14 tokens, whose activations are most of what there is."""
+    kernel, samples = found("varlen"), many_samples(64)
 
     def measured(kind):
         gc.collect()  # what went before is in cycles
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        made = gradient(torch.bfloat16, kernel, change=lambda model: recompute_layers(model.model, kind))
+        made = gradient(
+            torch.bfloat16, kernel, change=lambda model: recompute_layers(model.model, kind), samples=samples
+        )
         return relative(made, truth), torch.cuda.max_memory_allocated() - before
 
     # Not with each other: the kernel's backward pass adds in any order, and its 16 bits are never the same twice.
-    truth = gradient(torch.float32)
+    truth = gradient(torch.float32, samples=samples)
+    measured("none")  # the first one also gets the workspaces of cuBLAS, which stay
     plain, recomputed = measured("none"), measured(kind)
-    assert recomputed[0] <= 1.1 * plain[0] and recomputed[1] <= plain[1]
+    assert recomputed[0] <= 1.1 * plain[0] and recomputed[1] < 0.9 * plain[1]
 
 
 def test_an_offloaded_optimizer_moves_the_weights_as_adamw_does_and_leaves_its_memory_free():
@@ -108,9 +118,7 @@ def test_a_step_that_fills_the_gpu_is_done_in_smaller_microbatches():
     model.set_attn_implementation(attention.NAME)
     policy = Policy(model, support.tokenizer(), 1.0)
     config = TrainConfig(max_microbatch_tokens=2**16)
-    prompts = [[2 + i % 40] * 32 + [2 + i // 40] * 32 for i in range(256)]
-    samples = [Weighted(support.sample(prompt, [3] * 192), 1.0 - i / 512) for i, prompt in enumerate(prompts)]
-    optimizer = make_optimizer(policy, config)
+    samples, optimizer = many_samples(256), make_optimizer(policy, config)
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     whole = optimizer_step(policy, optimizer, samples, config, 0.0)
