@@ -43,7 +43,7 @@ def synthetic(case: Case, device: torch.device, seed: int) -> Data:
 
 
 def measure(wanted: list[Data], settings: Settings, output: Path | None = None) -> results.Result:
-    """Errors of all methods on all data. The file is written anew after each."""
+    """Errors of all methods on all data. The file is written anew after each, so that a killed run leaves its rows."""
     result = results.Result(
         kind="accuracy",
         command=settings.command,
@@ -51,15 +51,17 @@ def measure(wanted: list[Data], settings: Settings, output: Path | None = None) 
         settings={"seed": settings.seed, "draws": DRAWS},
         notes=settings.notes,
     )
+    keep = partial(results.save, result, output) if output is not None else lambda: None
     with Reporter(len(wanted) * len(settings.methods)) as report:
         for data in wanted:
-            result.cases.append(_measure(data, settings, report))
-            if output is not None:
-                results.save(result, output)
+            _measure(data, settings, report, result.cases, keep)
     return result
 
 
-def _measure(data: Data, settings: Settings, report: Reporter) -> results.CaseResult:
+def _measure(
+    data: Data, settings: Settings, report: Reporter, cases: list[results.CaseResult], keep: Callable[[], None]
+) -> None:
+    """One case more, kept after each of its rows."""
     case, problem = data.case, data.make()
     result = results.CaseResult(
         head=case.head.name,
@@ -71,26 +73,31 @@ def _measure(data: Data, settings: Settings, report: Reporter) -> results.CaseRe
         error_rows=case.rows,
         inputs=inputs.describe(problem),
     )
+    cases.append(result)
     yardstick = check.make_yardstick(problem, settings.methods)
     result.rows = [_floor(problem, yardstick.weighted), _dense_rows(problem, yardstick.weighted)]
     tiny = small_problem(case, settings.device)
     for method in settings.methods:
         report(f"{case.label}: {method.title}")
-        row = results.Row(method.name, method.title, method.kind, method.gemms, method.weighted)
-        result.rows.append(row)
         reason = obstacle(method, tiny) or obstacle(method, problem)
-        if reason:
-            row.stop("unavailable", reason)
-            continue
-        try:
-            row.errors = _errors(method, yardstick)
-        except Exception as error:
-            out = memory.is_out_of_memory(error)
-            row.stop("out of memory" if out else "failed", results.first_line(error))
-            continue
-        if wrong := check.complaint(method, row.errors, yardstick.naive, case.dtype):
-            row.stop("wrong gradient", wrong)
-    return result
+        result.rows.append(_row(method, yardstick, case, reason))
+        keep()
+
+
+def _row(method: Method, yardstick: check.Yardstick, case: Case, obstructed: str) -> results.Row:
+    row = results.Row(method.name, method.title, method.kind, method.gemms, method.weighted)
+    if obstructed:
+        row.stop("unavailable", obstructed)
+        return row
+    try:
+        row.errors = _errors(method, yardstick)
+    except Exception as error:
+        out = memory.is_out_of_memory(error)
+        row.stop("out of memory" if out else "failed", results.first_line(error))
+        return row
+    if wrong := check.complaint(method, row.errors, yardstick.naive, case.dtype):
+        row.stop("wrong gradient", wrong)
+    return row
 
 
 def _errors(method: Method, yardstick: check.Yardstick) -> dict[str, dict[str, float]]:
