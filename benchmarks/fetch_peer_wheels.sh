@@ -10,7 +10,7 @@ cd "$(dirname "$0")"
 
 PYTHON=${PYTHON:-python3}
 PYTHON_VERSION=${PYTHON_VERSION:-3.12}
-MEBIBYTES_AT_MOST=62
+MEBIBYTES_AT_MOST=60
 
 PLAIN=(trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19)
 CUTE=(

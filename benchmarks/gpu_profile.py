@@ -1,7 +1,7 @@
 """Where the time of the fused loss goes on one GPU: floors by kind of product, our kernels alone, the pass by kernel.
 
-    python benchmarks/gpu_profile.py                          every section, in the order below
-    python benchmarks/gpu_profile.py --sections products pass --shape 4096,4096,128256 --json profile.json
+    PYTHONPATH=. python3 benchmarks/gpu_profile.py            every section, in the order below
+    PYTHONPATH=. python3 benchmarks/gpu_profile.py --sections products pass --shape 4096,4096,128256 --json profile.json
 
 Sections: ``products`` (bare products by rows and output), ``pass`` (ours beside the floors), ``budgets`` (the pass by
 the size of its buffers), ``profile`` (the pass by kernel), ``sweeps`` and ``gathers`` (the row kernels and the sparse

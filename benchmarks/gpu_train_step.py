@@ -1,7 +1,8 @@
 """A train step's forward and backward through whole models on one GPU, with our head and with other people's.
 
-    python benchmarks/gpu_train_step.py --json FILE           Qwen2.5-0.5B, 1.5B and 7B in shape, within 75 seconds
-    python benchmarks/gpu_train_step.py --device cpu --tiny   the same code on two tiny models
+    PYTHONPATH=. python3 benchmarks/gpu_train_step.py --json FILE           Qwen2.5-0.5B, 1.5B and 7B in shape, within
+                                                                            75 seconds
+    PYTHONPATH=. python3 benchmarks/gpu_train_step.py --device cpu --tiny   the same code on two tiny models
 
 Weights and tokens are random. The last norm is scaled so that the mean entropy is a model's, and the targets are drawn
 from the model. Completions have long-tailed lengths, eight to a prompt of 256 tokens, packed with shared prompts;
