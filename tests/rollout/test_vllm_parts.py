@@ -3,8 +3,11 @@
 import asyncio
 import http.server
 import json
+import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -18,7 +21,7 @@ from aapo_fast.rollout.vllm.client import CONNECTIONS, RequestError, ServerClien
 from aapo_fast.rollout.vllm.samples import Completion, make_sample, stream_seed
 from aapo_fast.rollout.vllm.servers import together
 from aapo_fast.rollout.vllm.settings import telling_line
-from aapo_fast.rollout.vllm.transport import PREFIX, FolderTransport
+from aapo_fast.rollout.vllm.transport import LOCK, PREFIX, FolderTransport
 from aapo_fast.rollout.vllm.weights import frozen_copy, named_weights, size_bytes
 from aapo_fast.types import SamplingParams, UserError
 
@@ -44,21 +47,56 @@ def test_a_folder_holds_the_policys_last_weights_and_the_references(tmp_path):
     for name in ("reference", "policy-0", "policy-1"):
         transport.publish(name, named_weights(model))
     [folder] = tmp_path.iterdir()
-    assert sorted(p.name for p in folder.iterdir()) == ["policy-1", "reference"]
+    assert sorted(p.name for p in folder.iterdir()) == [LOCK, "policy-1", "reference"]
     held = safetensors.torch.load_file(folder / "policy-1" / "model.safetensors")
     assert all(torch.equal(held[name], tensor) for name, tensor in named_weights(model))
     transport.close()
     assert not any(tmp_path.iterdir())
 
 
-def test_what_killed_runs_left_is_cleared_away(tmp_path):
-    dead, other = tmp_path / f"{PREFIX}999999999-x", tmp_path / "something"
-    for folder in (dead, other):
-        folder.mkdir()
+HOLD = """
+import pathlib, sys, time
+from aapo_fast.rollout.vllm.transport import FolderTransport
+transport = FolderTransport.within(pathlib.Path(sys.argv[1]))
+print("made", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def other_trainer(tmp_path):
+    """Another process with a folder in ``tmp_path``, and that folder."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"made\n"
+            [folder] = tmp_path.iterdir()
+            yield process, folder
+        finally:
+            process.kill()
+
+
+def test_what_a_killed_run_left_is_cleared_away(tmp_path, other_trainer):
+    process, folder = other_trainer
+    process.kill()
+    process.wait()
+    left = folder.rename(tmp_path / f"{PREFIX}{os.getpid()}-x")  # in a container every trainer may have the same number
+    other = tmp_path / "something"
+    other.mkdir()
     first, second = FolderTransport.within(tmp_path), FolderTransport.within(tmp_path)
-    assert not dead.exists() and other.exists() and len(list(tmp_path.iterdir())) == 3
+    assert not left.exists() and other.exists() and len(list(tmp_path.iterdir())) == 3
     first.close()
     second.close()
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_what_a_living_trainer_has_stays_whatever_its_number_is_here(tmp_path, other_trainer):
+    """In another container or on another host its number is none of a process here."""
+    _, folder = other_trainer
+    theirs = folder.rename(tmp_path / f"{PREFIX}999999999-x")
+    half_made = tmp_path / f"{PREFIX}999999998-x"
+    half_made.mkdir()
+    FolderTransport.within(tmp_path).close()
+    assert sorted(tmp_path.iterdir()) == [half_made, theirs]
 
 
 def test_a_full_disk_names_the_option(tmp_path):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -23,6 +24,11 @@ SHARED_MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile
 
 
 PREFIX = "aapo-fast-weights-"
+
+LOCK = ".lock"
+"""A file in each folder, locked for as long as its trainer lives. Process numbers would not tell who does: containers
+and other hosts that use the same parent have their own.
+"""
 
 
 class Transport(Protocol):
@@ -53,6 +59,7 @@ class FolderTransport:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._lock: IO[bytes] | None = None
 
     @classmethod
     def within(cls, parent: Path, *more: Any) -> Self:
@@ -63,11 +70,15 @@ class FolderTransport:
         """
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            for old in parent.glob(f"{PREFIX}*-*"):
-                pid = old.name.removeprefix(PREFIX).partition("-")[0]
-                if pid.isdigit() and not Path("/proc", pid).exists():
-                    shutil.rmtree(old, ignore_errors=True)
-            return cls(Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent)), *more)
+            for old in parent.glob(f"{PREFIX}*"):
+                _clear(old)
+            folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent))
+            made = cls(folder, *more)
+            # Locked before it has its name: a trainer that starts just now would find an open lock.
+            scratch = folder / f"{LOCK}-new"
+            made._lock = _locked(scratch, "xb")
+            scratch.rename(folder / LOCK)
+            return made
         except OSError as error:
             raise UserError(f"vllm.weights_folder={str(parent)!r} cannot be used: {error}") from error
 
@@ -105,6 +116,8 @@ class FolderTransport:
 
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.close()
 
     def _write(self, tensors: dict[str, Tensor], folder: Path) -> None:
         save_file(tensors, folder / "model.safetensors")
@@ -128,6 +141,30 @@ class AdapterTransport(FolderTransport):
     def _write(self, tensors: dict[str, Tensor], folder: Path) -> None:
         save_file(tensors, folder / ADAPTER_FILE)
         write_adapter_config(self._model, folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove the folder of a trainer that is gone, whose lock can be taken; every other stays."""
+    try:
+        lock = _locked(folder / LOCK, "r+b")
+    except OSError:  # somebody else's, or one that is just being made
+        return
+    if lock is not None:
+        with lock:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked(path: Path, mode: str) -> IO[bytes] | None:
+    """The file, locked until it is closed or this process ends; None where that cannot be. On a file system without
+    locks it never can, so nothing there is cleared.
+    """
+    file: IO[bytes] = path.open(mode)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
 
 
 def _apart(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
