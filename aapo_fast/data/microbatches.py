@@ -78,8 +78,8 @@ def microbatches(
 
 
 def rounds(samples: Sequence[Weighted], max_tokens: int, work: Work, ranks: int) -> list[list[list[Weighted]]]:
-    """Microbatches for several ranks, one of each rank a round, the rounds with most work first; some may be empty. One
-    rank waits for nobody, and its own are only filled.
+    """Microbatches for several ranks, one of each rank a round, the rounds with most work first; in the last some may
+    be empty. One rank waits for nobody, and its own are only filled.
 
     Groups of completions are cut where they do not fit a microbatch whole. The same samples give the same cut on every
     rank.
@@ -97,8 +97,9 @@ def rounds(samples: Sequence[Weighted], max_tokens: int, work: Work, ranks: int)
     limit = sum(map(work.of, groups)) / count
     while len(parts := _first_fit(groups, max_tokens, work, limit)) > count:
         limit *= RISE
-    parts = sorted(parts, key=work.of, reverse=True) + [[]] * (count - len(parts))
-    return [parts[first : first + ranks] for first in range(0, count, ranks)]
+    # Beside a sample far over the budget, whose work raises the limit of all, it may be fewer rounds.
+    parts = sorted(parts, key=work.of, reverse=True) + [[]] * (-len(parts) % ranks)
+    return [parts[first : first + ranks] for first in range(0, len(parts), ranks)]
 
 
 def _first_fit(

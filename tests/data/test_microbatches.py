@@ -86,6 +86,14 @@ def test_tokens_alone_are_not_the_work():
     assert max(map(tokens, parts)) <= 10_000
 
 
+def test_no_round_is_empty_on_every_rank():
+    """Filled in turn, the short ones take 40 microbatches; beside one that is far over the budget, first fit takes 27."""
+    samples = [Weighted(support.sample([i], [1] * length), 1.0) for i, length in enumerate([10_000, *[30, 80] * 20])]
+    cut = rounds(samples, 100, WORK, 2)
+    assert all(any(parts) for parts in cut)
+    assert sum(len(part) for parts in cut for part in parts) == 41
+
+
 def test_groups_stay_whole_where_they_fit():
     samples = make_samples(0, 40, mean=100, prompt_tokens=(400, 500))
     cut = rounds(samples, 100_000, WORK, 4)
