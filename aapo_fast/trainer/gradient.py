@@ -64,7 +64,7 @@ def accumulate(
             return replace(sums, waiting_share=waiting_share(cut, work)), max_tokens
         except torch.OutOfMemoryError as error:
             policy.trained.zero_grad(set_to_none=True)
-            _check_halving(policy.ranks, live, max_tokens, error)
+            _check_halving(policy.ranks, live, max_tokens, work, error)
         max_tokens //= 2
         if policy.device.type == "cuda":
             gc.collect()  # the failed pass is gone with the error that held it, unless a cycle holds it too
@@ -108,10 +108,11 @@ def work_of(policy: Policy) -> Work:
         token=products * layers,
         pair=12 * config.num_hidden_layers * num_heads * head_size,
         target=(2 if policy.how.backward == "sparse" else products) * head.numel(),
+        packed=policy.packed,
     )
 
 
-def _check_halving(ranks: Ranks, live: Sequence[Weighted], max_tokens: int, error: Exception) -> None:
+def _check_halving(ranks: Ranks, live: Sequence[Weighted], max_tokens: int, work: Work, error: Exception) -> None:
     """Raise unless half of ``max_tokens`` would cut a microbatch in two."""
     reason = str(error).split(". ")[0]
     if ranks.world > 1:
@@ -119,7 +120,7 @@ def _check_halving(ranks: Ranks, live: Sequence[Weighted], max_tokens: int, erro
             f"{reason}; with {ranks.world} ranks a step is not begun anew: lower train.max_microbatch_tokens="
             f"{max_tokens}, or set model.activation_checkpointing='full'"
         ) from error
-    if all(len(part) == 1 for part in microbatches(live, max_tokens)):
+    if all(len(part) == 1 for part in microbatches(live, max_tokens, work)):
         longest = max(len(w.sample.prompt_ids) + len(w.sample.token_ids) for w in live)
         raise UserError(
             f"{reason}, with one completion at a time (the longest has {longest} tokens with its prompt); lower "

@@ -1,5 +1,6 @@
 """How a step is cut into microbatches: everything once, within the budget, and nobody waits long."""
 
+import dataclasses
 import itertools
 import math
 import random
@@ -8,9 +9,10 @@ import pytest
 import support
 
 from aapo_fast.data.microbatches import Work, microbatches, rounds, waiting_share
-from aapo_fast.data.packing import Weighted, pack
+from aapo_fast.data.packing import Weighted, pack, pad
 
 WORK = Work(token=6 * 6.5e9, pair=12 * 28 * 3584, target=6 * 3584 * 152064)  # of a model of 7B
+PADDED = dataclasses.replace(WORK, packed=False)
 
 
 def make_samples(seed, prompts, group=8, mean=1200, longest=4096, prompt_tokens=(60, 400)):
@@ -54,6 +56,46 @@ def test_work_counts_what_a_packed_batch_has():
     assert Work(0, 1, 0).of(samples) == sum((distance >= 0).sum().item() for distance in real)
 
 
+@pytest.mark.parametrize("budget", [1, 7, 20, 10_000])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 50])
+def test_padded_rows_stay_within_the_budget_with_their_padding(budget, ranks):
+    samples = make_samples(0, 4, mean=5, prompt_tokens=(1, 9))
+    cut = rounds(samples, budget, PADDED, ranks)
+    assert all(len(parts) == ranks for parts in cut) and all(any(parts) for parts in cut)
+    parts = [part for parts in cut for part in parts if part]
+    assert sorted(map(id, itertools.chain(*parts))) == sorted(map(id, samples))
+    assert all(len(part) == 1 or pad(part, 0).input_ids.numel() <= budget for part in parts)
+    assert len(cut) == 1 or budget < 10_000
+
+
+def test_padded_rows_do_not_share_a_long_prompt():
+    """Three rows of 1100 tokens are 3300; packed, the prompt would be there once, beside 30 completions."""
+    samples = [Weighted(support.sample([1] * 1000, [2] * 100), 1.0) for _ in range(16)]
+    assert [len(part) for part in microbatches(samples, 4096, PADDED)] == [3] * 5 + [1]
+    assert [len(part) for part in microbatches(samples, 4096, WORK)] == [16]
+
+
+def test_work_counts_what_a_padded_batch_has():
+    samples = make_samples(0, 3, mean=9, prompt_tokens=(1, 9))
+    batch = pad(samples, 0)
+    rows, longest = batch.input_ids.shape
+    assert Work(1, 0, 0, packed=False).of(samples) == batch.input_ids.numel()
+    assert Work(0, 0, 1, packed=False).of(samples) == batch.targets.numel()
+    assert Work(0, 1, 0, packed=False).of(samples) == rows * longest * (longest + 1) / 2
+    assert PADDED.of([]) == 0 and PADDED.of(samples[:1]) == pytest.approx(WORK.of(samples[:1]))
+
+
+def test_ranks_have_about_as_much_to_do_with_padded_rows():
+    for seed in range(5):
+        samples = make_samples(seed, 32)
+        cut = rounds(samples, 16384, PADDED, 4)
+        filled = list(microbatches(samples, 16384, PADDED))
+        assert len(cut) == math.ceil(len(filled) / 4)
+        assert waiting_share(cut, PADDED) < 0.1
+        padded = sum(pad(part, 0).input_ids.numel() for parts in cut for part in parts if part)
+        assert padded < 1.15 * sum(len(w.sample.prompt_ids) + len(w.sample.token_ids) for w in samples)
+
+
 STEPS = {
     "many groups": ({"prompts": 64}, 16384, 8),
     "few groups": ({"prompts": 16}, 8192, 8),
@@ -87,7 +129,7 @@ def test_tokens_alone_are_not_the_work():
 
 
 def test_no_round_is_empty_on_every_rank():
-    """Filled in turn, the short ones take 40 microbatches; beside one that is far over the budget, first fit takes 27."""
+    """Filled in turn, short ones take 40 microbatches; beside one that is far over the budget, first fit takes 27."""
     samples = [Weighted(support.sample([i], [1] * length), 1.0) for i, length in enumerate([10_000, *[30, 80] * 20])]
     cut = rounds(samples, 100, WORK, 2)
     assert all(any(parts) for parts in cut)

@@ -62,6 +62,23 @@ def test_every_microbatch_cut_gives_the_gradient_and_the_loss_of_one_batch(budge
     assert many.trained_tokens == one.trained_tokens
 
 
+@pytest.mark.parametrize("budget", [1, 25, 60, 100_000])
+def test_padded_microbatches_stay_within_the_budget_and_give_the_gradient_of_packed_ones(budget, monkeypatch):
+    whole, one = gradient_of(make_samples())
+    policy, shapes, taken = make_policy(), [], []
+    policy.packed = False
+    real = policy.loss
+    monkeypatch.setattr(policy, "loss", lambda batch, *a: shapes.append(batch.input_ids.shape) or real(batch, *a))
+    optimizer = make_optimizer(policy, CONFIG)
+    optimizer.step = lambda: taken.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
+    result = optimizer_step(
+        policy, optimizer, make_samples(), dataclasses.replace(CONFIG, max_microbatch_tokens=budget), 1e-3
+    )
+    assert relative(taken[0], whole) < ROUNDING and result.loss == pytest.approx(one.loss, rel=1e-6)
+    assert all(shape[0] == 1 or shape.numel() <= budget for shape in shapes)
+    assert sum(shape[0] for shape in shapes) == 12
+
+
 def full_memory(policy, monkeypatch, tokens):
     """As if the memory held microbatches of ``tokens``, and ran out in the backward pass of larger ones, which has
     changed the gradient by then.
