@@ -119,7 +119,19 @@ def test_every_option_is_documented():
         ({"rollout.engine": "vllm", "vllm.tensor_parallel_size": "2"}, "use rollout.engine='vllm_server'"),
         ({"rollout.engine": "vllm", "vllm.max_model_len": "64"}, "would cut completions short"),
         ({"rollout.engine": "vllm", "rollout.temperature": "0.001"}, "vLLM samples at 0.01 or above"),
-        ({"vllm.servers": '["http://a"]', "vllm.num_servers": "2"}, "vllm.num_servers=2 is for servers started here"),
+        (
+            SERVERS | {"vllm.servers": '["http://a"]', "vllm.num_servers": "2"},
+            "vllm.num_servers=2 is for servers started here",
+        ),
+        (
+            {"vllm.servers": '["http://a"]'},
+            "vllm.servers=['http://a'] is for rollout.engine='vllm_server', which is 'hf'",
+        ),
+        (
+            {"vllm.servers": '["http://a"]', "rollout.engine": "vllm"},
+            "which is 'vllm'; set it, or leave vllm.servers e",
+        ),
+        (SERVERS | {"vllm.servers": '["http://a", "http://b", "http://a/"]'}, "names http://a twice; name each server"),
         ({"vllm.address": "a", "vllm.weights_folder": "b"}, "set one of them"),
         (
             {"vllm.transfer": "ipc", "rollout.engine": "vllm"},

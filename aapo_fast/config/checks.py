@@ -102,10 +102,7 @@ def _check_engines(c: Config) -> None:
         )
     if c.rollout.temperature < 0.01 and c.rollout.engine != "hf":
         raise ConfigError(f"rollout.temperature={c.rollout.temperature}: vLLM samples at 0.01 or above")
-    if c.vllm.servers and c.vllm.num_servers != 1:
-        raise ConfigError(
-            f"vllm.num_servers={c.vllm.num_servers} is for servers started here; vllm.servers names others"
-        )
+    _check_servers(c)
     _check_transfer(c)
     if c.vllm.time_limit_seconds <= 0:
         raise ConfigError(f"vllm.time_limit_seconds={c.vllm.time_limit_seconds} must be above 0")
@@ -118,6 +115,24 @@ def _check_engines(c: Config) -> None:
             f"rollout.max_staleness=1 needs rollout.engine='vllm_server': the engine {c.rollout.engine!r} shares the "
             "trainer's device"
         )
+
+
+def _check_servers(c: Config) -> None:
+    if not c.vllm.servers:
+        return
+    if c.rollout.engine != "vllm_server":
+        raise ConfigError(
+            f"vllm.servers={c.vllm.servers} is for rollout.engine='vllm_server', which is {c.rollout.engine!r}; set "
+            "it, or leave vllm.servers empty"
+        )
+    if c.vllm.num_servers != 1:
+        raise ConfigError(
+            f"vllm.num_servers={c.vllm.num_servers} is for servers started here; vllm.servers names others"
+        )
+    urls = [url.rstrip("/") for url in c.vllm.servers]
+    for url in urls:
+        if urls.count(url) > 1:
+            raise ConfigError(f"vllm.servers={c.vllm.servers} names {url} twice; name each server once")
 
 
 def _check_transfer(c: Config) -> None:
