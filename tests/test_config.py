@@ -167,6 +167,13 @@ def test_every_option_is_documented():
         ({"train.beta1": "2"}, "train.beta1=2.0 must lie in [0, 1)"),
         ({"scoring.max_failure_share": "3"}, "scoring.max_failure_share=3.0 must lie in [0, 1]"),
         ({"scoring.time_limit_seconds": "0"}, "scoring.time_limit_seconds=0.0 must be above 0"),
+        (
+            {"scoring.time_limit_seconds": "1e7"},
+            "scoring.time_limit_seconds=10000000.0 must be above 0, and 1000000 at",
+        ),
+        ({"vllm.time_limit_seconds": "1e300"}, "vllm.time_limit_seconds=1e+300 must be above 0, and 1000000 at most"),
+        ({"train.learning_rate": "1" + "0" * 400}, "train.learning_rate is an integer beyond the range of a float"),
+        ({"train.learning_rate": "1" + "0" * 5000}, "must be float, not str"),
         ({"advantage.delta_low": "0.5"}, "advantage.delta_low=0.5 must not exceed advantage.delta_high=0.28"),
         ({"rollout.group_size": "1", "reference.mode": "none"}, "leaves every advantage zero"),
         ({"train.warmup_steps": "60"}, "train.warmup_steps=60 must be below train.steps=60"),
@@ -181,9 +188,13 @@ def test_every_option_is_documented():
         (COSINE | {"rewards.0.options.wrong": "[1]"}, "rewards.0.options.wrong=[1] must be [reward at length 0,"),
         ({"data.system_prompt": "be brief"}, "data.system_prompt needs data.chat_template=true"),
         ({"rewards.3.weight": "1"}, "'3' is not one of the 1 entries"),
+        ({"rewards.².weight": "1"}, "'²' is not one of the 1 entries"),
         ({"rewards": "[]"}, "rewards is empty"),
         ({"train": "3"}, "train=3 must be a table"),
         ({"train.steps.x": "3"}, "train.steps has no key 'x'"),
+        ({"data.source.x": "1"}, "--data.source.x: data.source has no key 'x'"),
+        ({"data.source.x.y": "1"}, "--data.source.x.y: data.source has no key 'x'"),
+        ({"rewards.weight": "1"}, "--rewards.weight: rewards has no key 'weight'"),
     ],
 )
 def test_refusals(overrides, message):
@@ -198,6 +209,9 @@ def test_files_that_are_no_config(tmp_path):
         config.load(tmp_path / "nowhere.toml")
     broken = tmp_path / "broken.toml"
     broken.write_text("[train\nsteps = 3")
+    with pytest.raises(config.ConfigError, match="broken.toml is not valid TOML"):
+        config.load(broken)
+    broken.write_text("[train]\nsteps = 1" + "0" * 5000)
     with pytest.raises(config.ConfigError, match="broken.toml is not valid TOML"):
         config.load(broken)
     broken.write_bytes(b"\xff\xfe")

@@ -32,7 +32,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # not TOML, not even UTF-8, or an integer of thousands of digits
         raise ConfigError(f"config file {path} is not valid TOML: {error}") from error
 
 
@@ -44,16 +44,19 @@ def override(tree: dict[str, Any], key: str, text: str) -> None:
         if isinstance(node, list):
             node = _item(node, part, key)
             continue
+        if not isinstance(node, dict):
+            parents, last = parents[:depth], part
+            break
         # [[rewards]] left out of the file stands for one default entry; --rewards.0.x speaks of that one
         empty: Any = [{}] if parents[depth + 1 : depth + 2] == ["0"] or (part == "rewards") else {}
         node = node.setdefault(part, empty)
-    if isinstance(node, list) or not isinstance(node, dict):
+    if not isinstance(node, dict):
         raise ConfigError(f"--{key}: {'.'.join(parents)} has no key {last!r}")
     node[last] = _Text(text)
 
 
 def _item(items: list[Any], part: str, key: str) -> Any:
-    if not part.isdigit() or int(part) >= len(items):
+    if part not in map(str, range(len(items))):
         raise ConfigError(f"--{key}: {part!r} is not one of the {len(items)} entries; count from 0")
     return items[int(part)]
 
@@ -71,7 +74,7 @@ def _read(text: _Text, kind: Any) -> Any:
 def _toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # an integer of thousands of digits is one, too
         return str(text)
 
 
@@ -113,7 +116,10 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
             raise ConfigError(f"{key}={value!r} must be one of {', '.join(args)}")
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ConfigError(f"{key} is an integer beyond the range of a float; 1.8e308 is the largest") from error
     plain = dict if origin is dict else kind
     if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
         raise ConfigError(f"{key}={value!r} must be {type_name(kind)}, not {type(value).__name__}")

@@ -11,6 +11,9 @@ from aapo_fast.config.layers import Config, RewardConfig
 
 MAX_VLLM_RANK = 512
 
+MAX_SECONDS = 1_000_000
+"""Of a time limit; from 2^31 milliseconds on the system's calls refuse it."""
+
 
 def check(c: Config) -> None:
     """Raises ConfigError: one line that names the key, the value and what would be right."""
@@ -51,6 +54,12 @@ def check(c: Config) -> None:
     ):
         if not 0 <= share <= 1:
             raise ConfigError(f"{key}={share} must lie in [0, 1]")
+    for key, limit in (
+        ("scoring.time_limit_seconds", c.scoring.time_limit_seconds),
+        ("vllm.time_limit_seconds", c.vllm.time_limit_seconds),
+    ):
+        if not 0 < limit <= MAX_SECONDS:
+            raise ConfigError(f"{key}={limit} must be above 0, and {MAX_SECONDS} at most")
     for key, beta in (("train.beta1", c.train.beta1), ("train.beta2", c.train.beta2)):
         if not 0 <= beta < 1:
             raise ConfigError(f"{key}={beta} must lie in [0, 1)")
@@ -104,8 +113,6 @@ def _check_engines(c: Config) -> None:
         raise ConfigError(f"rollout.temperature={c.rollout.temperature}: vLLM samples at 0.01 or above")
     _check_servers(c)
     _check_transfer(c)
-    if c.vllm.time_limit_seconds <= 0:
-        raise ConfigError(f"vllm.time_limit_seconds={c.vllm.time_limit_seconds} must be above 0")
     if not 0 < c.vllm.gpu_memory_utilization < 1:
         raise ConfigError(f"vllm.gpu_memory_utilization={c.vllm.gpu_memory_utilization} must lie in (0, 1)")
     if c.rollout.max_staleness not in (0, 1):
@@ -171,8 +178,6 @@ def _check_combinations(c: Config) -> None:
         )
     if not 0 < c.rollout.top_p <= 1:
         raise ConfigError(f"rollout.top_p={c.rollout.top_p} must lie in (0, 1]")
-    if c.scoring.time_limit_seconds <= 0:
-        raise ConfigError(f"scoring.time_limit_seconds={c.scoring.time_limit_seconds} must be above 0")
     if c.advantage.delta_low > c.advantage.delta_high:
         raise ConfigError(
             f"advantage.delta_low={c.advantage.delta_low} must not exceed advantage.delta_high={c.advantage.delta_high}"
