@@ -119,27 +119,43 @@ def _reasoning_gym_rows(config: DataConfig, seed: int, what: str) -> Iterator[Ro
     except (ValueError, TypeError, AssertionError) as error:
         raise DataError(f"{_source(config)}: {_first_line(error)}") from error
     for index in range(size):
-        entry = dataset[index]
+        try:
+            entry = dataset[index]
+        except Exception as error:  # the task's own code, and its checks of options see only some of them
+            raise DataError(
+                f"{_source(config)}: {what} problem {index} cannot be made: {type(error).__name__}: "
+                f"{_first_line(error)}"
+            ) from error
         metadata = {k: v for k, v in entry["metadata"].items() if k not in ("question", "answer")}
         yield f"{task} {what} problem {index}", {**metadata, **entry, "metadata": entry["metadata"]}
 
 
 def _file_rows(source: str) -> Iterator[Row]:
-    path = Path(source)
-    if not path.is_file():
-        raise DataError(f"data.source={source!r} is no file; give reasoning_gym:TASK, hub:NAME, or a .jsonl / .parquet")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
+    path, kinds = Path(source), {".parquet": _parquet_rows, ".jsonl": _jsonl_rows}
+    try:
+        if not path.is_file():
+            raise DataError(
+                f"data.source={source!r} is no file; give reasoning_gym:TASK, hub:NAME, or a .jsonl / .parquet"
+            )
+        if path.suffix not in kinds:
+            raise DataError(f"data.source={source!r} must end in .jsonl or .parquet")
+        yield from kinds[path.suffix](path)
+    except OSError as error:
+        raise DataError(f"data.source={source!r}: {path.name} cannot be read: {_first_line(error)}") from error
 
-        try:
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"{path.name} cannot be read as parquet: {_first_line(error)}") from error
-        for index, row in enumerate(rows):
-            yield f"{path.name} row {index + 1}", row
-        return
-    if path.suffix != ".jsonl":
-        raise DataError(f"data.source={source!r} must end in .jsonl or .parquet")
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{path.name} cannot be read as parquet: {_first_line(error)}") from error
+    for index, row in enumerate(rows):
+        yield f"{path.name} row {index + 1}", row
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -150,6 +166,11 @@ def _file_rows(source: str) -> Iterator[Row]:
                 raise DataError(f"{path.name} line {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise DataError(f"{path.name} line {number} is a JSON {type(row).__name__}; give an object a line")
+            if b"\\u" in line:  # half a surrogate pair is JSON, but no text to a tokenizer, nor in our own files
+                try:
+                    json.dumps(row, ensure_ascii=False).encode()
+                except UnicodeEncodeError as error:
+                    raise DataError(f"{path.name} line {number} has a character that is no Unicode: {error}") from error
             yield f"{path.name} line {number}", row
 
 
@@ -179,17 +200,13 @@ def _problem(config: DataConfig, tokenizer: Any, row: str, columns: Mapping[str,
         )
     try:
         text = config.template.format_map(columns)
+        text.encode()  # what of the command line is not UTF-8 is no text to a tokenizer
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise DataError(
             f"{row} does not fit data.template={config.template!r}: {error!r}; it has {_names(columns)}"
         ) from error
     if config.chat_template:
-        if not tokenizer.chat_template:
-            raise DataError("data.chat_template=true, but the model's tokenizer has none; set it to false")
-        system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
-        text = tokenizer.apply_chat_template(
-            [*system, {"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
+        text = _in_chat_template(config, tokenizer, row, text)
     ids: Sequence[int] = tokenizer(text, add_special_tokens=not config.chat_template).input_ids
     if not ids:
         raise DataError(f"{row} makes an empty prompt; look at data.template={config.template!r}")
@@ -198,6 +215,21 @@ def _problem(config: DataConfig, tokenizer: Any, row: str, columns: Mapping[str,
             f"{row} makes a prompt of {len(ids)} tokens, over data.max_prompt_tokens={config.max_prompt_tokens}"
         )
     return Problem(row, text, tuple(ids), {**columns, "answer": columns.get(config.answer_column)})
+
+
+def _in_chat_template(config: DataConfig, tokenizer: Any, row: str, text: str) -> str:
+    if not tokenizer.chat_template:
+        raise DataError("data.chat_template=true, but the model's tokenizer has none; set it to false")
+    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+    messages = [*system, {"role": "user", "content": text}]
+    try:
+        made: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program, which may refuse messages or fail
+        raise DataError(
+            f"{row} does not fit the tokenizer's chat template: {_first_line(error)}; set data.chat_template=false"
+            + (", or leave data.system_prompt empty" if system else "")
+        ) from error
+    return made
 
 
 def _source(config: DataConfig) -> str:

@@ -66,6 +66,24 @@ def test_chat_template(tmp_path):
     assert load_problems(config, tokenizer, 0).held_out[0].prompt == "system: be brief\nuser: q0\na:"
 
 
+def test_a_chat_template_that_refuses_its_messages_says_so_with_the_row(tmp_path):
+    """Gemma's takes no system message; a template may also fail like any other program."""
+    rows = support.write_jsonl(tmp_path / "rows.jsonl", [{"question": f"q{i}", "answer": "1"} for i in range(4)])
+    config = DataConfig(source=str(rows), held_out=1, chat_template=True, system_prompt="be brief")
+    tokenizer = support.make_tokenizer()
+    for template, reason in (
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+        ("{{ no_such.thing }}", "'no_such' is undefined"),
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(DataError) as refusal:
+            load_problems(config, tokenizer, 0)
+        said = str(refusal.value)
+        assert said.startswith(f"rows.jsonl line 1 does not fit the tokenizer's chat template: {reason}")
+        assert "data.system_prompt" in said and "\n" not in said
+
+
 def test_order_passes_over_all_problems_before_it_repeats():
     drawn = order(5, 13, seed=0)
     assert sorted(drawn[:5]) == sorted(drawn[5:10]) == list(range(5)) and len(drawn) == 13
@@ -116,6 +134,53 @@ def test_refused_sources(changes, message):
 def test_tasks_with_many_right_answers_have_none_to_show():
     problems = load(source="reasoning_gym:graph_color", size=3, max_prompt_tokens=10_000)
     assert problems.train[0].columns["answer"] is None
+
+
+def test_a_task_that_fails_at_a_problem_names_it():
+    """Its options are of a type that only drawing a number refuses."""
+    with pytest.raises(DataError) as refusal:
+        load(source="reasoning_gym:chain_sum", options={"min_digits": 1.5, "max_digits": 2})
+    message = "data.options={'min_digits': 1.5, 'max_digits': 2}: held-out problem 0 cannot be made: "
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "template", "message"),
+    [
+        (
+            r'{"question": "a\ud800", "answer": "b"}',
+            "{question}",
+            "rows.jsonl line 1 has a character that is no Unicode",
+        ),
+        (
+            r'{"question": "a", "answer": "\udfff"}',
+            "{question}",
+            "rows.jsonl line 1 has a character that is no Unicode",
+        ),
+        (r'{"question": "a", "answer": "b"}', "\udcff", r"rows.jsonl line 1 does not fit data.template='\udcff': "),
+    ],
+)
+def test_half_a_surrogate_pair_is_no_text(tmp_path, text, template, message):
+    """Nor is what of the command line is not UTF-8, which Python keeps as such a half."""
+    (tmp_path / "rows.jsonl").write_text(text + "\n")
+    with pytest.raises(DataError) as refusal:
+        load(source=str(tmp_path / "rows.jsonl"), template=template)
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_surrogate_pairs_are_a_character(tmp_path):
+    support.write_jsonl(
+        tmp_path / "rows.jsonl", [{"question": f"{i} \N{GRINNING FACE}", "answer": "1"} for i in range(3)]
+    )
+    assert "\\ud83d" in (tmp_path / "rows.jsonl").read_text()
+    assert load(source=str(tmp_path / "rows.jsonl")).train[0].prompt == "2 \N{GRINNING FACE}"
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    for name in ("rows.jsonl", "rows.parquet"):
+        (tmp_path / name).symlink_to("/proc/self/mem")  # a file that even root cannot read from its beginning
+        with pytest.raises(DataError, match=f"{name} cannot be read"):
+            load(source=str(tmp_path / name))
 
 
 def test_refused_file_kinds(tmp_path):
