@@ -25,6 +25,9 @@ from aapo_fast.config import RewardConfig
 
 RewardFunction = Callable[..., Any]
 
+LARGEST = 3.4028234663852886e38
+"""Of the float32 numbers that advantages are computed from; beyond, a reward would be infinite there."""
+
 
 class RewardError(Exception):
     """A reward function gave no usable value; the text says what it gave."""
@@ -52,7 +55,7 @@ def call(
     """The reward of one completion.
 
     Raises:
-        RewardError: not one finite number came back.
+        RewardError: not one number came back that is finite in float32.
         Exception: whatever the function raises.
     """
     if config.extract:
@@ -72,6 +75,8 @@ def call(
         value = math.nan
     if not math.isfinite(value):
         raise RewardError(f"returned {reprlib.repr(values[0])}, no finite number")
+    if abs(value) > LARGEST:
+        raise RewardError(f"returned {value}, no finite number in float32")
     return value
 
 

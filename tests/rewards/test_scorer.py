@@ -113,6 +113,15 @@ def test_what_is_not_one_finite_number_is_a_missing_reward(value, failure):
         assert s.score(support.problem(value="0.25"), "x").reward == 0.25
 
 
+def test_a_reward_beyond_float32_is_a_missing_one():
+    """Advantages are computed in float32, where it would be infinite."""
+    with scorer("reward_functions:gives_what_it_is_told") as s:
+        for value in ("1e+39", "-3.5e+38"):
+            score = s.score(support.problem(value=f"[{value}]"), "x")
+            assert math.isnan(score.reward) and f"returned {value}, no finite number in float32" in score.failure
+        assert s.score(support.problem(value="3.4e38"), "x").reward == 3.4e38
+
+
 def test_a_reward_that_forks_and_returns_twice_answers_once():
     """The child's answer would be taken for that of the next completion, and so on for ever."""
     with scorer("reward_functions:forks_and_both_return") as s:
