@@ -219,13 +219,15 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is cuda where there is one. Raises UserError for a device that is not there."""
+    """``auto`` is cuda where there is one. Raises UserError for a device that is not there or is of another kind."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"model.device={name!r} is no device; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"model.device={name!r} cannot be trained on; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"model.device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device

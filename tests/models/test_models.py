@@ -165,6 +165,9 @@ def test_devices_that_are_not_there():
     assert resolve_device("cpu").type == "cpu"
     with pytest.raises(UserError, match="'quantum' is no device"):
         resolve_device("quantum")
+    for other in ("meta", "mps", "xpu", "xla"):
+        with pytest.raises(UserError, match=rf"model.device='{other}' cannot be trained on; use auto, cpu, cuda or"):
+            resolve_device(other)
     with pytest.raises(UserError, match=r"'cuda:99': this machine has \d+ CUDA devices"):
         resolve_device("cuda:99")
 
