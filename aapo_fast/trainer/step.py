@@ -54,8 +54,13 @@ class StepResult:
 
 
 def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over all parameters, by name; decay, where wanted, on matrices only."""
+    """AdamW over all parameters, by name; decay, where wanted, on matrices only. Raises UserError if there are none."""
     parameters = [(name, p) for name, p in policy.trained.named_parameters() if p.requires_grad]
+    if not parameters:
+        raise UserError(
+            "the policy has no parameter to train: all of its model's have requires_grad=False; set it for some, or "
+            "train an adapter (lora.rank)"
+        )
     groups = [
         {"params": [(name, p) for name, p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [(name, p) for name, p in parameters if p.ndim < 2], "weight_decay": 0.0},

@@ -79,6 +79,13 @@ def test_padded_microbatches_stay_within_the_budget_and_give_the_gradient_of_pac
     assert sum(shape[0] for shape in shapes) == 12
 
 
+def test_a_policy_without_anything_to_train_is_refused():
+    policy = make_policy()
+    policy.model.requires_grad_(False)
+    with pytest.raises(UserError, match=r"the policy has no parameter to train: all .* requires_grad=False"):
+        make_optimizer(policy, CONFIG)
+
+
 def full_memory(policy, monkeypatch, tokens):
     """As if the memory held microbatches of ``tokens``, and ran out in the backward pass of larger ones, which has
     changed the gradient by then.
