@@ -101,6 +101,9 @@ class Benchmark:
 
         Args:
             show: a progress display with this title.
+
+        Raises:
+            UserError: the file cannot be written.
         """
         self._pass("greedy", engine, scorer, show)
         if self.config.eval.samples:
@@ -138,18 +141,26 @@ class Benchmark:
                 progress(len(done), total)
 
     def _write(self, name: Pass, places: Sequence[int]) -> None:
-        with self.file.open("a", encoding="utf-8") as file:
-            for place in places:
-                problem = self.problems[place]
-                line = {
-                    "pass": name,
-                    "problem": place,
-                    "row": problem.row,
-                    "prompt": problem.prompt,
-                    "answer": problem.columns.get("answer"),
-                    "completions": [asdict(scored) for scored in self.drawn[name][place]],
-                }
-                file.write(json.dumps(without_nan(line), ensure_ascii=False, default=str) + "\n")
+        lines = []
+        for place in places:
+            problem = self.problems[place]
+            line = {
+                "pass": name,
+                "problem": place,
+                "row": problem.row,
+                "prompt": problem.prompt,
+                "answer": problem.columns.get("answer"),
+                "completions": [asdict(scored) for scored in self.drawn[name][place]],
+            }
+            lines.append(json.dumps(without_nan(line), ensure_ascii=False, default=str) + "\n")
+        try:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            raise UserError(
+                f"{self.file} cannot be written: {error.strerror or error}; make room, and give the command again: "
+                "what is in it is kept"
+            ) from error
 
     def summary(self) -> Summary:
         """Of the completions that are there."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 from contextlib import contextmanager
 
 import pytest
@@ -93,6 +94,23 @@ def test_half_a_line_is_drawn_again(tmp_path):
     for size in (len(whole) - 1, len(whole) - 40, 30):
         file.write_bytes(whole[:size])
         assert run(problems, settings, file) == alone and file.read_bytes() == whole
+
+
+def test_a_disk_that_fills_up_says_where_and_what_is_there_is_kept(tmp_path):
+    problems, settings = make(tmp_path)
+    file = tmp_path / "e.jsonl"
+    alone = run(problems, settings, file)
+    size = file.stat().st_size
+    file.unlink()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"e.jsonl cannot be written: File too large; make room"):
+            run(problems, settings, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.stat().st_size == size // 2
+    assert run(problems, settings, file) == alone and file.stat().st_size == size
 
 
 def test_failures_are_counted_and_left_out_and_never_wrong(tmp_path):
