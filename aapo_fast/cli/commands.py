@@ -43,9 +43,11 @@ def train(config: Config, config_path: str, overrides: Sequence[tuple[str, str]]
     folder = Path(summary["folder"])
     display.note("")
     if summary["accuracy_after"] is not None:
+        before = summary["accuracy_before"]  # None where every reward of that evaluation failed
         display.note(
             f"held-out accuracy (greedy, {summary['held_out_problems']} problems): "
-            f"{summary['accuracy_before']:.2f} before, {summary['accuracy_after']:.2f} after {summary['steps']} steps"
+            f"{'none' if before is None else f'{before:.2f}'} before, {summary['accuracy_after']:.2f} after "
+            f"{summary['steps']} steps"
         )
     if summary["steps"]:
         model = summary["model"]
@@ -93,5 +95,8 @@ def serve(config: Config, host: str, port: int) -> int:
 
 def plot(folder: Path) -> int:
     """Draw the learning curve of a run."""
-    print(plot_run(folder))
+    try:
+        print(plot_run(folder))
+    except OSError as error:
+        raise UserError(f"{folder / CURVE} cannot be written: {error.strerror or error}") from error
     return 0

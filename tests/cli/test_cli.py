@@ -61,6 +61,24 @@ def test_plot_of_a_run_without_steps(tmp_path, capsys):
     assert "has no step yet" in capsys.readouterr().err
 
 
+def test_plot_into_a_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5, "seconds": {"train": 1.0}}\n')
+    (tmp_path / "curve.png").mkdir()  # a read-only folder is none to root
+    assert cli.main(["plot", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert f"{tmp_path}/curve.png cannot be written: Is a directory" in captured.err and captured.err.count("\n") == 1
+
+
+def test_resuming_a_finished_run_whose_first_evaluation_had_no_accuracy(config_file, tmp_path, capsys):
+    """Every reward of the first evaluation failed."""
+    assert cli.main(["train", str(config_file), "--train.steps", "1"]) == 0
+    file = tmp_path / "run" / "summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"accuracy_before": None, "accuracy_after": 0.25}))
+    capsys.readouterr()
+    assert cli.main(["train", str(config_file), "--train.steps", "1", "--resume"]) == 0
+    assert "(greedy, 4 problems): none before, 0.25 after 1 steps" in capsys.readouterr().out
+
+
 def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
