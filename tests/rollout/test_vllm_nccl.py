@@ -2,12 +2,15 @@
 
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
+import support
 import torch
 import vllm_support
 
 from aapo_fast.rollout.vllm.client import ServerClient, ServerError
+from aapo_fast.rollout.vllm.servers import Server, VLLMServersEngine
 from aapo_fast.rollout.vllm.transfer import NCCLTransport
 
 pytestmark = vllm_support.needs_vllm
@@ -20,7 +23,7 @@ class Senders:
     """In the place of vLLM's, whose ``trainer_init`` and ``send_weights`` do for each server what ``doing`` says."""
 
     def __init__(self):
-        self.doing, self.made, self.sent = {}, [], []
+        self.doing, self.made, self.sent, self.shut = {}, [], [], []
         self.released, self.woken = threading.Event(), threading.Event()
 
     def trainer_init(self, init_info, *, client, source):
@@ -45,7 +48,7 @@ class Sender:
         self.senders.sent.append((self.client.url, [name for name, _ in self.source]))
 
     def shutdown(self):
-        pass
+        self.senders.shut.append(self.client.url)
 
 
 @pytest.fixture
@@ -123,3 +126,35 @@ def test_a_sender_that_fails_says_why_and_is_made_anew(senders, transport, where
     senders.doing = {}
     transport.load(client, "policy-1")
     assert senders.made == [client.url] * 2 and senders.sent == [(client.url, NAMES)]
+
+
+class Process:
+    """In the place of a server of ours: every start has another port."""
+
+    def __init__(self):
+        self.starts = 0
+
+    def start(self, limit):
+        self.starts += 1
+        return client_of(f"start-{self.starts}")
+
+    def exit_code(self, seconds=0.0):
+        return None
+
+    def stop(self):
+        pass
+
+
+def test_a_server_that_is_started_again_leaves_no_communicator(senders, monkeypatch):
+    """Of its first process; it would keep its memory on the GPU until the run ends."""
+    monkeypatch.setattr(ServerClient, "replacing_weights", lambda self, version: nullcontext())
+    transport, server = NCCLTransport("127.0.0.1", time_limit_seconds=LIMIT), Server(None, Process())
+    engine = VLLMServersEngine(support.tiny(), support.tokenizer(), [server], transport, LIMIT, torch.float32)
+    engine.sync_weights(1)
+    assert senders.made == ["http://start-1"] and senders.shut == []
+    engine._failed(server, ServerError("it is gone"))
+    engine._mend()
+    assert senders.made == ["http://start-1", "http://start-2"] and senders.shut == ["http://start-1"]
+    assert list(transport._senders) == [server.client] and server.client.url == "http://start-2"
+    engine.close()
+    assert senders.shut == ["http://start-1", "http://start-2"]

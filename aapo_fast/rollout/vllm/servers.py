@@ -311,6 +311,8 @@ class VLLMServersEngine:
         while server.fault and server.process and server.restarts < MAX_RESTARTS and not self._closed:
             server.restarts += 1
             self._note(f"vLLM: starting a server again ({server.restarts} of {MAX_RESTARTS})")
+            if server.client is not None:
+                self._transport.forget(server.client)
             try:
                 server.client = server.process.start(self._limit)
             except ServerError as error:

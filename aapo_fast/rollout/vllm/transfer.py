@@ -93,6 +93,12 @@ class NCCLTransport(_GPUTransport):
         sender.source.tensors = []  # or they would outlive the next ones' publication
         return sender
 
+    def forget(self, client: ServerClient) -> None:
+        """Give up its communicator, which holds memory of the GPU; vLLM does not wait for a peer that is gone."""
+        sender = self._senders.pop(client, None)
+        if sender is not None:
+            sender.shutdown()
+
     def close(self) -> None:
         for sender in self._senders.values():
             sender.shutdown()
@@ -155,6 +161,9 @@ class IPCTransport(_GPUTransport):
                 f"vllm.transfer='ipc': the GPU's memory could not be shared ({error}); expandable segments in "
                 "PYTORCH_CUDA_ALLOC_CONF are one cause; use 'file'"
             ) from error
+
+    def forget(self, client: ServerClient) -> None:
+        """Nothing is of one server."""
 
     def close(self) -> None:
         self._published.clear()

@@ -46,6 +46,10 @@ class Transport(Protocol):
         """Bring them to one; raises ServerError."""
         ...
 
+    def forget(self, client: ServerClient) -> None:
+        """Its server is gone."""
+        ...
+
     def close(self) -> None:
         """Leave nothing behind."""
         ...
@@ -113,6 +117,9 @@ class FolderTransport:
     def load(self, client: ServerClient, name: str) -> None:
         """Have a paused server read the weights published as ``name``."""
         client.load_from_folder(str(self.path(name)))
+
+    def forget(self, client: ServerClient) -> None:
+        """Nothing is of one server."""
 
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
