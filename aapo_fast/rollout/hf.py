@@ -114,7 +114,7 @@ class HFEngine:
             reference = without_adapter(model) if weights == "reference" else nullcontext()
             with self._precision(), reference, _casts_kept(model):
                 try:
-                    rows = self._complete(model, prompts[part], n, sampling, seeds[part])
+                    rows = self._in_parts(model, prompts[part], n, sampling, seeds[part])
                 except torch.OutOfMemoryError as error:
                     raise UserError(
                         f"{str(error).split('. ')[0]} while generating; lower rollout.max_batch_size="
@@ -134,7 +134,7 @@ class HFEngine:
             raise RuntimeError("the reference weights were not kept; call keep_reference before the first update")
         return self._reference, 0
 
-    def _complete(
+    def _in_parts(
         self,
         model: Any,
         prompts: Sequence[Sequence[int]],
@@ -142,12 +142,24 @@ class HFEngine:
         sampling: SamplingParams,
         seeds: Sequence[int],
     ) -> list[_Row]:
-        device = next(model.parameters()).device
-        rows = [
-            _Row(prompt, uniforms)
-            for prompt, seed in enumerate(seeds)
-            for uniforms in _uniforms(seed, n, sampling.max_tokens)
-        ]
+        """All at once; the completions of one prompt in parts, where they are more than the batch may have."""
+        uniforms = [_uniforms(seed, n, sampling.max_tokens) for seed in seeds]
+        width = min(n, self.max_batch_size)  # below n there is one prompt
+        rows: list[_Row] = []
+        for first in range(0, n, width):
+            rows += self._complete(model, prompts, [of[first : first + width] for of in uniforms], sampling)
+        return rows
+
+    def _complete(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        uniforms: Sequence[Sequence[list[float]]],
+        sampling: SamplingParams,
+    ) -> list[_Row]:
+        """A batch; the same number of completions of each prompt, each by its uniforms."""
+        device, n = next(model.parameters()).device, len(uniforms[0])
+        rows = [_Row(prompt, own) for prompt, completions in enumerate(uniforms) for own in completions]
         ids, mask = _left_pad(prompts, device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)

@@ -69,6 +69,23 @@ def test_same_seed_same_samples_whatever_else_is_drawn(engine):
     assert [[s.token_ids for s in group] for group in moved] != ids
 
 
+@pytest.mark.parametrize(("most", "n"), [(1, 3), (2, 5), (4, 3), (4, 8), (7, 3), (256, 3)])
+def test_no_more_sequences_at_once_than_asked_for_and_the_same_samples(engine, monkeypatch, most, n):
+    sampling, progress, at_once = SamplingParams(max_tokens=4), [], []
+    truth = engine.generate(PROMPTS, n=n, sampling=sampling, seeds=[7, 8, 9])
+    monkeypatch.setattr(engine, "max_batch_size", most)
+    forward = engine.model.forward
+    monkeypatch.setattr(engine.model, "forward", lambda **k: at_once.append(len(k["input_ids"])) or forward(**k))
+    in_parts = engine.generate(
+        PROMPTS, n=n, sampling=sampling, seeds=[7, 8, 9], progress=lambda done, total: progress.append((done, total))
+    )
+    assert max(at_once) <= most and progress[-1] == (3, 3) and progress == sorted(set(progress))
+    assert [[s.token_ids for s in group] for group in in_parts] == [[s.token_ids for s in group] for group in truth]
+    for group, other in zip(truth, in_parts, strict=True):
+        for one, two in zip(group, other, strict=True):
+            assert one.logprobs == pytest.approx(two.logprobs, abs=1e-5)
+
+
 def test_completions_end_at_eos_or_are_marked_as_cut_off():
     model = support.tiny()
     with torch.no_grad():
