@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ def plot_run(folder: Path) -> Path:
         if any(e.get("sampled_accuracy") is not None for e in evaluations):
             sampled = _column(evaluations, "sampled_accuracy")
             reward.plot(at, sampled, "o--", color="tab:orange", label="held-out, sampled")
-    reward.set(title="Reward and accuracy", xlabel="step", ylim=(-0.02, None))
+    reward.set(title="Reward and accuracy", xlabel="step")
+    if not -math.inf < reward.dataLim.ymin < 0:  # else from below the lowest; infinite where nothing was measured
+        reward.set_ylim(bottom=-0.02)
     reward.legend(fontsize="small")
 
     signal.plot(x, _column(steps, "zero_weight_token_share"), label="tokens of zero weight")
