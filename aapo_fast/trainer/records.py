@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,40 +32,77 @@ CURVE, MODEL, CHECKPOINTS, LOCK = "curve.png", "model", "checkpoints", "lock"
 class RunFolder:
     """The folder of one run. Each line is flushed when it is written, so a killed run keeps what it measured.
 
+    Making it changes nothing in the folder; ``begin`` does.
+
     Args:
-        path: the folder; made if it is not there.
+        path: the folder.
         overwrite: replace an earlier run's files.
         tensorboard: write metrics as TensorBoard events too.
         resumed_step: of the checkpoint that the run goes on from: then everything stays, until ``cut``.
 
     Raises:
-        UserError: an earlier run is there and may not be replaced; the folder cannot be written; no tensorboard.
+        UserError: an earlier run is there and may not be replaced, or what no run has left; no tensorboard.
     """
 
     def __init__(
         self, path: Path, overwrite: bool = False, tensorboard: bool = False, resumed_step: int | None = None
     ) -> None:
-        self.path = path
+        self.path, self._resumed_step = path, resumed_step
         if resumed_step is None:
-            self._clear(overwrite)
-        self._board: Any = _summary_writer(path, resumed_step) if tensorboard else None
+            self._check_replaceable(overwrite)
+        self._writer = _summary_writer() if tensorboard else None
+        self._board: Any = None
 
-    def _clear(self, overwrite: bool) -> None:
-        path = self.path
-        if holds_a_run(path) and not overwrite:
+    def _check_replaceable(self, overwrite: bool) -> None:
+        try:
+            there = [p.name for p in replaced_in(self.path) if _holds_something(p)]
+            if there and not _is_of_a_run(self.path / CONFIG):
+                raise UserError(
+                    f"run.folder={str(self.path)!r} is not the folder of a run, and this one would replace "
+                    f"{', '.join(there)} in it; name another folder, or move them away"
+                )
+        except OSError as error:
+            raise UserError(f"run.folder={str(self.path)!r} cannot be read: {error.strerror or error}") from error
+        if not overwrite and {CHECKPOINTS, MODEL, METRICS} & {*there}:
             raise UserError(
-                f"run.folder={str(path)!r} holds an earlier run; name another, or replace it with --run.overwrite true"
-                "; --resume goes on with it"
+                f"run.folder={str(self.path)!r} holds an earlier run; name another, or replace it with "
+                "--run.overwrite true; --resume goes on with it"
             )
+
+    def begin(self, config: Mapping[str, Any], keep_model: bool = False) -> None:
+        """Take the folder: what an earlier run left goes, unless this one goes on with it.
+
+        Args:
+            config: of this run, for config.json.
+            keep_model: leave the model there until this run's replaces it.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        if self._resumed_step is None:
+            self._clear(() if keep_model else (MODEL,))
+        self.write(CONFIG, config)
+        if self._writer is not None:
+            # Events of later steps, of a run that was killed, are not shown.
+            purge_step = None if self._resumed_step is None else self._resumed_step + 1
+            self._board = self._writer(str(self.path), purge_step=purge_step)
+
+    def close(self) -> None:
+        """Write out what TensorBoard's writer has yet to."""
+        if self._board is not None:
+            self._board.close()
+
+    def _clear(self, models: Sequence[str]) -> None:
+        path = self.path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            # The config last: as long as anything is left of a run, it says of which.
-            for folder in (CHECKPOINTS, MODEL):
+            # Not the config, which ``begin`` replaces: as long as anything is left of a run, it says of which.
+            for folder in (CHECKPOINTS, *models):
                 shutil.rmtree(path / folder, ignore_errors=True)
             self._clear_unfinished()
             for events in path.glob("events.out.tfevents.*"):
                 events.unlink()
-            for name in (*RECORDS, SUMMARY, CURVE, CONFIG):
+            for name in (*RECORDS, SUMMARY, CURVE):
                 (path / name).unlink(missing_ok=True)
             (path / METRICS).touch()
         except OSError as error:
@@ -165,6 +202,27 @@ def holds_a_run(path: Path) -> bool:
     return (metrics.exists() and metrics.stat().st_size > 0) or any((path / CHECKPOINTS).glob("step-*"))
 
 
+def replaced_in(path: Path) -> list[Path]:
+    """What a run replaces in its folder."""
+    return [path / name for name in (CHECKPOINTS, MODEL, *RECORDS, SUMMARY, CURVE, CONFIG)]
+
+
+def _holds_something(path: Path) -> bool:
+    """Whether anything would be lost; unfinished checkpoints of a killed process are nothing."""
+    if path.is_dir():
+        return any(not entry.name.startswith(".") for entry in path.iterdir())
+    return path.exists() and path.stat().st_size > 0
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a config.json is a run's: models have files of that name too."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+        return False
+    return isinstance(content, dict) and {"run", "model", "rollout"} <= content.keys()
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a .jsonl file; a last line cut short by a kill is left out."""
     records = []
@@ -210,10 +268,9 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _summary_writer(path: Path, last_step: int | None) -> Any:
-    """``last_step``: events of later ones, of a run that was killed, are not shown."""
+def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("run.tensorboard=true needs the package tensorboard: pip install tensorboard") from error
-    return SummaryWriter(str(path), purge_step=None if last_step is None else last_step + 1)
+    return SummaryWriter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 from aapo_fast.config import Config, ConfigError, to_dict
-from aapo_fast.data.tasks import Problems, load_problems, order
+from aapo_fast.data.tasks import HUB, Problems, load_problems, order
 from aapo_fast.models.load import cache_folder, max_positions, model_source
 from aapo_fast.rewards.scorer import Scorer
 from aapo_fast.rollout.reference import ReferenceCache
@@ -21,7 +22,7 @@ from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.engine import engine_version, make_engine
 from aapo_fast.trainer.policy import Policy, resolve_device
 from aapo_fast.trainer.ranks import ONE, Ranks
-from aapo_fast.trainer.records import CONFIG, RunFolder, only_process
+from aapo_fast.trainer.records import RunFolder, only_process, replaced_in
 from aapo_fast.trainer.resume import check_identity, check_same_on_all, find_checkpoint, identify
 from aapo_fast.trainer.shared import SharedCache, share_cache, share_engine, share_folder, share_policy, share_scorer
 from aapo_fast.trainer.step import make_optimizer
@@ -65,6 +66,7 @@ def prepare(config: Config, display: Display, ranks: Ranks = ONE) -> Iterator[Ru
         UserError: what cannot be used, in one line.
     """
     check_offload(config)
+    check_folder(config)
     torch.manual_seed(config.run.seed)
     with ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(only_process(Path(config.run.folder), display.note)))
@@ -72,7 +74,7 @@ def prepare(config: Config, display: Display, ranks: Ranks = ONE) -> Iterator[Ru
         stack.callback(background.finish)
         resumed = ranks.on_first(lambda: find_checkpoint(config, display.note))
         folder = share_folder(ranks, Path(config.run.folder), lambda: open_folder(config, resumed))
-        folder.write(CONFIG, to_dict(config))
+        stack.callback(folder.close)
         # Its process starts while the model loads.
         scorer = stack.enter_context(share_scorer(ranks, config.rewards, config.scoring))
         display.note(f"loading {config.model.path}")
@@ -108,6 +110,9 @@ def prepare(config: Config, display: Display, ranks: Ranks = ONE) -> Iterator[Ru
         engine = share_engine(ranks, config.rollout.engine, lambda: make_engine(config, policy, folder.path, display))
         stack.callback(engine.close)
         shared = share_policy(ranks, policy, config.model.vocabulary_parallel)
+        optimizer = make_optimizer(shared, config.train)
+        # Now that nothing is amiss. A run repeated for want of a checkpoint keeps its model until there is another.
+        folder.begin(to_dict(config), keep_model=config.run.resume and not config.run.overwrite)
         yield Run(
             config=config,
             ranks=ranks,
@@ -119,7 +124,7 @@ def prepare(config: Config, display: Display, ranks: Ranks = ONE) -> Iterator[Ru
             problems=problems,
             schedule=schedule,
             sampling=sampling,
-            optimizer=make_optimizer(shared, config.train),
+            optimizer=optimizer,
             cache=cache,
             identity=identity,
             resumed=resumed,
@@ -137,6 +142,20 @@ def check_lengths(problems: Problems, limit: float, max_tokens: int) -> None:
         )
 
 
+def check_folder(config: Config) -> None:
+    """Raises ConfigError where the run would replace in its folder what it is made from, or has none."""
+    if not config.run.folder:
+        raise ConfigError("run.folder is empty; name a folder, which the run makes")
+    folder = Path(config.run.folder).resolve()
+    replaced = [path.resolve() for path in replaced_in(folder)]
+    for key, value in (("model.path", config.model.path), ("data.source", config.data.source.removeprefix(HUB))):
+        source = Path(value).resolve()
+        if os.path.exists(source) and (source == folder or any(source.is_relative_to(path) for path in replaced)):
+            raise ConfigError(
+                f"run.folder={config.run.folder!r}: the run would replace {key}={value!r} in it; name another folder"
+            )
+
+
 def check_offload(config: Config) -> None:
     """Raises ConfigError where there is no device to make room on."""
     if config.train.offload_optimizer and resolve_device(config.model.device).type == "cpu":
@@ -146,7 +165,7 @@ def check_offload(config: Config) -> None:
 
 
 def open_folder(config: Config, resumed: Checkpoint | None) -> RunFolder:
-    """The run's folder, empty or as a checkpoint left it."""
+    """The run's folder, as it is until the run begins."""
     return RunFolder(
         Path(config.run.folder),
         overwrite=config.run.overwrite or config.run.resume,

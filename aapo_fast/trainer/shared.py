@@ -171,6 +171,12 @@ class UnwrittenFolder(RunFolder):
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def begin(self, config: Mapping[str, Any], keep_model: bool = False) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         pass
 

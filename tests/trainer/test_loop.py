@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,17 +147,101 @@ def test_an_edited_reward_function_is_not_taken_from_the_cache(tmp_path, tiny_mo
     assert references == [0.25, 0.75]
 
 
-def test_overwriting_a_run_removes_its_model_at_once(tmp_path, tiny_model):
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"model": {"path": "nowhere"}},
+        {"data": {"source": "nowhere.jsonl"}},
+        {"rewards": [{"function": "reward_functions:no_such_function"}]},
+        {"rollout": {"prompts_per_step": 9}},
+    ],
+    ids=lambda mistake: next(iter(mistake)),
+)
+def test_a_run_is_replaced_when_everything_is_loaded(tmp_path, tiny_model, mistake):
+    """Not before: a misspelt name would cost what was trained. Then its model goes, which is not this run's."""
+    tree = support.tiny_run(tmp_path, tiny_model, train__steps=1, run__overwrite=True, checkpoint__every=1)
+    run(tree)
+    before = everything_in(tmp_path / "run")
+    assert {"model", "checkpoints", "config.json", "metrics.jsonl"} <= {path.parts[0] for path in before}
+    with pytest.raises(UserError):
+        run({**tree, **mistake})
+    assert everything_in(tmp_path / "run") == before
+    with setup.prepare(config.parse(tree), Display(quiet=True)):
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "lock", "metrics.jsonl"}
+
+
+def everything_in(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model/network.py", "mine"),
+        ("checkpoints/best.pt", "mine"),
+        ("config.json", '{"model_type": "llama"}'),
+        ("config.json", "[]"),
+        ("samples.jsonl", "{}"),
+        ("metrics.jsonl", "{}"),
+    ],
+)
+def test_what_no_run_has_left_is_never_replaced(tmp_path, tiny_model, name, content, overwrite):
+    mine = tmp_path / "run" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text(content)
+    with pytest.raises(UserError) as refusal:
+        run(support.tiny_run(tmp_path, tiny_model, run__overwrite=overwrite))
+    assert f"is not the folder of a run, and this one would replace {name.split('/')[0]} in it" in str(refusal.value)
+    assert mine.read_text() == content
+
+
+def test_a_model_without_steps_beside_it_is_a_run_too(tmp_path, tiny_model):
+    tree = support.tiny_run(tmp_path, tiny_model, train__steps=1, checkpoint__every=0)
+    run(tree)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="holds an earlier run"):
+        run(tree)
+    assert (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "place"),
+    [("model", "run"), ("model", "run/model"), ("data", "run/model/data.jsonl"), ("data", "run/samples.jsonl")],
+)
+def test_what_a_run_is_made_from_is_never_replaced(tmp_path, tiny_model, key, place):
+    """Not even where an earlier run may be: its model is what this one would begin with."""
     tree = support.tiny_run(tmp_path, tiny_model, train__steps=1, run__overwrite=True)
     run(tree)
-    assert (tmp_path / "run" / "model").exists()
-    with pytest.raises(UserError):
-        run({**tree, "model": {"path": "nowhere"}})
-    assert not (tmp_path / "run" / "model").exists()
+    source = tmp_path / place
+    if key == "data":
+        shutil.copy(tree["data"]["source"], source)
+        tree["data"]["source"] = str(source)
+    else:
+        shutil.copytree(tiny_model, source, dirs_exist_ok=True)
+        tree["model"]["path"] = f"{tmp_path}/run/../{place}"
+    before = everything_in(tmp_path / "run")
+    with pytest.raises(UserError, match=f"the run would replace {key}.*{place}' in it; name another folder"):
+        run(tree)
+    assert everything_in(tmp_path / "run") == before
+
+
+def test_a_run_repeated_for_want_of_a_checkpoint_keeps_its_model_until_there_is_another(tmp_path, tiny_model):
+    tree = support.tiny_run(tmp_path, tiny_model, run__resume=True, checkpoint__every=0)
+    run(tree)
+    (tmp_path / "run" / "summary.json").unlink()  # as after an error
+    model = tmp_path / "run" / "model" / "model.safetensors"
+    before = model.read_bytes()
+    model.with_name("of_the_first").touch()
+    with setup.prepare(config.parse(tree), Display(quiet=True)):
+        assert model.read_bytes() == before and not metrics(tmp_path)
+    assert run(tree)["status"] == "finished"
+    assert model.read_bytes() == before and not model.with_name("of_the_first").exists()
 
 
 def test_records_survive_odd_line_separators_and_a_cut_last_line(tmp_path):
     folder = RunFolder(tmp_path / "run")
+    folder.begin({})
     lines = [{"step": 1, "text": "a\u2028b\u0085c"}, {"step": 2, "text": "d", "value": math.nan}]
     for line in lines:
         folder.append("metrics.jsonl", line)
@@ -213,6 +298,7 @@ def test_missing_rewards_leave_their_completions_out(tmp_path, tiny_model):
         ({"rewards": [{"function": "reasoning_gym"}]}, DataError, "line 1: there is no metadata.source_dataset"),
         ({"rollout__prompts_per_step": 9}, UserError, "rollout.prompts_per_step=9 exceeds the 8 training problems"),
         ({"model__device": "cuda:7"}, UserError, "model.device='cuda:7': this machine has"),
+        ({"run__folder": ""}, UserError, "run.folder is empty; name a folder"),
         ({"run__folder": "/proc/no"}, UserError, "run.folder='/proc/no' cannot be written"),
         ({"model__path": "nowhere"}, UserError, "model.path='nowhere' cannot be loaded"),
     ],
