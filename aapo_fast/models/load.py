@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import pickle
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -236,5 +235,11 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     fresh.load_state_dict(loaded.state_dict())
     fresh.tie_weights()
     fresh.generation_config = loaded.generation_config
-    shutil.rmtree(folder, ignore_errors=True)  # half a conversion, from before folders were put in place whole
-    save_model(fresh, tokenizer, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        save_model(fresh, tokenizer, Path(scratch) / folder.name)
+        try:
+            (Path(scratch) / folder.name).rename(folder)
+        except OSError:
+            if not (folder / "config.json").exists():  # else another process was faster, and may be reading its own
+                raise

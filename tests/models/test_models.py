@@ -3,8 +3,10 @@
 import dataclasses
 import itertools
 import json
+import os
 import random
 
+import gguf
 import pytest
 import support
 import torch
@@ -261,6 +263,55 @@ def test_saved_models_replace_each_other_whole(tmp_path):
         assert torch.equal(loaded.lm_head.weight, support.tiny(seed=seed).lm_head.weight)
     assert transformers.AutoTokenizer.from_pretrained(folder)("ab").input_ids == [2, 3]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def write_gguf(path, model):
+    """As llama.cpp writes a model; its last token is two characters, for a merge there must be."""
+    writer, c = gguf.GGUFWriter(path, "llama"), model.config
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<end>", "<unk>", *support.CHARACTERS[:-1], "ab"])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_converted_once_and_the_first_of_two_processes_is_left_alone(tmp_path, monkeypatch):
+    """The other may be reading what it has written."""
+    package = tmp_path / "tiny_gguf"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    write_gguf(package / "tiny.gguf", support.tiny())
+    monkeypatch.syspath_prepend(tmp_path)
+    real, found = load.save_model, []
+
+    def when_another_has(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(load, "save_model", real)
+            found.append(os.stat(load.model_source("package:tiny_gguf")).st_ino)
+        real(*arguments)
+
+    monkeypatch.setattr(load, "save_model", when_another_has)
+    for _ in range(2):
+        folder = load.model_source("package:tiny_gguf")
+        assert [os.stat(folder).st_ino] == found
+    assert os.listdir(tmp_path / "cache" / "models") == ["tiny_gguf-unversioned-tiny"]
+    model, tokenizer = load.load_model("package:tiny_gguf", torch.device("cpu"))
+    assert tokenizer("ab").input_ids == [44]
+    assert torch.equal(model.lm_head.weight, support.tiny().lm_head.weight)
 
 
 def test_fingerprints_tell_models_apart():
