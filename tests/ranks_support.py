@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import traceback
 import weakref
 from functools import cache
@@ -278,6 +279,28 @@ def train(ranks, tree, dies_at=0, interrupted_in=0, servers=False):
         setup.make_engine = snapshot_engine
     notes = Notes()
     return loop.train(config.parse(tree), notes, ranks), notes.text
+
+
+def train_with_late_writing(ranks, tree):
+    """A run whose checkpoints are written in the background when the step after theirs has been made, but the last."""
+    from aapo_fast import config
+    from aapo_fast.trainer import checkpoint, loop
+    from aapo_fast.trainer.display import Display
+
+    settings = config.parse(tree)
+    real_write, real_step = checkpoint.write, loop.train_step
+    done = {number: threading.Event() for number in range(1, settings.train.steps + 1)}
+
+    def write(parent, step, *rest):
+        assert step == settings.train.steps or done[step + 1].wait(60)
+        return real_write(parent, step, *rest)
+
+    def train_step(run, number, *rest):
+        real_step(run, number, *rest)
+        done[number].set()
+
+    checkpoint.write, loop.train_step = write, train_step
+    loop.train(settings, Display(quiet=True), ranks)
 
 
 def train_on_server(ranks, tree, stale=False):

@@ -50,7 +50,7 @@ def save(run: Run, totals: Totals, rollouts: Rollouts, before: Evaluation | None
         if wait:
             return _write(run, step, weights, moments, state)
         try:
-            # Moments of several ranks have just been gathered, and nobody else has them.
+            # Moments of several ranks are copies, which nobody else has.
             copies = _copies(weights), moments if run.ranks.world > 1 else _copies(moments)
         except (RuntimeError, MemoryError):  # PyTorch's own for a host without memory
             run.display.note("no memory for a copy of the checkpoint: training waits until it is written")
@@ -147,7 +147,9 @@ def _moments(run: Run) -> dict[str, Tensor]:
         for key, tensor in state[index].items():
             gathered = whole(tensor)
             if run.ranks.first:
-                moments[f"optimizer.{names[index]}.{key}"] = gathered if gathered is tensor else gathered.cpu()
+                # Of several ranks step counts are whole on each: the optimizer's own, in which the next step counts on.
+                fresh = gathered if run.ranks.world == 1 else gathered.to("cpu", copy=gathered is tensor)
+                moments[f"optimizer.{names[index]}.{key}"] = fresh
     return moments
 
 

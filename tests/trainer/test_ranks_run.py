@@ -9,7 +9,8 @@ import sys
 import pytest
 import ranks_support
 from ranks_support import Raised, check_same, on_ranks, results
-from resume_support import make_tree, steps
+from resume_support import folder_of, make_tree, steps
+from safetensors.torch import load_file
 from torch import distributed as dist
 
 from aapo_fast import config
@@ -84,6 +85,20 @@ def test_a_checkpoint_of_any_number_of_ranks_is_taken_up_by_any_other(
     resumed = results(then, ranks_support.train, {**tree, "run": tree["run"] | {"resume": True}})
     assert "resuming after step 4 of 6" in resumed[0][1]
     check_same(alone, tmp_path / "run", tiny_model)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": {"rank": 2}}], ids=["everything", "adapter"])
+def test_what_two_ranks_write_in_the_background_is_of_its_step(tmp_path, tiny_model, changes):
+    """Moments and step counts are those of its end, though the next step has been made meanwhile."""
+    tree = in_folder(tmp_path / "run", tiny_model, checkpoint__background=True, checkpoint__keep=3, **changes)
+    results(2, ranks_support.train_with_late_writing, tree)
+    updates = 0
+    for record in read_lines(tmp_path / "run" / "run" / "metrics.jsonl"):
+        updates += record["updated"]
+        if record["step"] % 2 == 0:
+            moments = load_file(folder_of(tmp_path / "run", record["step"]) / "optimizer.safetensors")
+            assert {int(count) for name, count in moments.items() if name.endswith(".step")} == {updates}
+    assert updates == 6
 
 
 def test_a_signal_on_one_rank_stops_all(tmp_path, tiny_model, alone):
