@@ -1,5 +1,8 @@
 """Short runs that die after their checkpoints, and what they leave."""
 
+import resource
+from contextlib import contextmanager
+
 import pytest
 import support
 
@@ -67,3 +70,14 @@ def steps(tmp_path, name="metrics.jsonl"):
 
 def folder_of(tmp_path, step):
     return tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
+
+
+@contextmanager
+def room_for(size_bytes):
+    """The system refuses to make any file larger."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

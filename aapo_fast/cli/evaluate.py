@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from aapo_fast.config import Config, ConfigError, LoraConfig
-from aapo_fast.data.tasks import load_all, load_held_out
+from aapo_fast.data.tasks import Problems, load_all, load_held_out
+from aapo_fast.models.load import max_positions
 from aapo_fast.rewards.scorer import Scorer
 from aapo_fast.trainer.benchmark import Benchmark, Summary, as_json, identify
 from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.engine import engine_version, make_engine
 from aapo_fast.trainer.estimators import CONFIDENCE, RESAMPLES, Estimate
 from aapo_fast.trainer.policy import Policy
-from aapo_fast.trainer.setup import sampling_params
+from aapo_fast.trainer.setup import check_lengths, sampling_params
 from aapo_fast.types import Problem, RolloutEngine, UserError
 
 FOLDER = "evals"
+REFUSED_BY_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 METHOD = f"{CONFIDENCE:.0%} percentile bootstrap over problems, {RESAMPLES} resamples"
 
 
@@ -46,6 +49,8 @@ def evaluate(configs: Mapping[str, Config], every_row: bool, output: Path | None
     policy = Policy.from_config(first.model, first.rollout.temperature)
     load = load_all if every_row else load_held_out
     problems = {name: load(config.data, policy.tokenizer) for name, config in configs.items()}
+    for name, config in configs.items():
+        check_lengths(Problems([], problems[name]), max_positions(policy.model), config.rollout.max_tokens)
     with ExitStack() as stack:
         scorers = {name: stack.enter_context(Scorer(c.rewards, c.scoring)) for name, c in configs.items()}
         for name, scorer in scorers.items():
@@ -70,7 +75,9 @@ def _made(folder: Path) -> Path:
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:
-        raise UserError(f"--output {folder} cannot be written: {error.strerror or error}") from error
+        raise UserError(
+            f"--output {folder} cannot be written: {error.strerror or error}; name another folder"
+        ) from error
     return folder
 
 
@@ -78,7 +85,8 @@ def _run(name: str, benchmark: Benchmark, engine: RolloutEngine, scorer: Scorer,
     total, missing = len(benchmark.problems), benchmark.missing()
     there = f", {total - missing} of them there already" if missing < total else ""
     display.note(f"{name}: {total} problems{there}; completions are kept in {benchmark.file}")
-    summary = benchmark.run(engine, scorer, lambda what: display.progress(f"{name}, {what}"))
+    with _written(benchmark.file):
+        summary = benchmark.run(engine, scorer, lambda what: display.progress(f"{name}, {what}"))
     config = benchmark.config
     result = {
         "name": name,
@@ -94,8 +102,23 @@ def _run(name: str, benchmark: Benchmark, engine: RolloutEngine, scorer: Scorer,
         "rewards": [asdict(reward) for reward in config.rewards],
     }
     text = json.dumps(result, indent=2, default=str, ensure_ascii=False)
-    benchmark.file.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    file = benchmark.file.with_suffix(".json")
+    with _written(file):
+        file.write_text(text + "\n", encoding="utf-8")
     return summary
+
+
+@contextmanager
+def _written(file: Path) -> Iterator[None]:
+    """Raises what the disk refuses as UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSED_BY_DISK:  # a connection that was lost, say
+            raise
+        raise UserError(
+            f"{file} cannot be written: {error.strerror}; make room, and give the command again, which draws the rest"
+        ) from error
 
 
 def _show(

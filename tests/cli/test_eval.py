@@ -10,6 +10,7 @@ import time
 import datasets
 import pytest
 import support
+from resume_support import room_for
 
 from aapo_fast import cli, config
 
@@ -24,9 +25,11 @@ ROWS = {
 
 @pytest.fixture
 def chat_model(tmp_path_factory, tiny_model):
-    """The tiny model, with a chat template."""
+    """The tiny model, with a chat template, and positions for the instructions of benchmarks."""
     folder = tmp_path_factory.mktemp("chat") / "model"
     support.save_tiny_model(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 1024}))
     tokenizer = support.make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}a:"
     tokenizer.save_pretrained(folder)
@@ -89,6 +92,22 @@ def test_killed_and_started_again(tmp_path, tiny_model):
     assert cli.main([*arguments, "--output", str(tmp_path / "killed")]) == 0
     assert partial.name == alone.name and partial.read_bytes() == alone.read_bytes()
     assert results(tmp_path / "killed") == results(tmp_path / "alone")
+
+
+def test_a_disk_that_is_full(tmp_path, tiny_model, capsys):
+    """While completions are written, or their result; with room again it goes on."""
+    command = ["eval", write(tmp_path, tiny_model), "--data.held_out", "12", "--rollout.max_batch_size", "4"]
+    assert cli.main([*command, "--output", str(tmp_path / "alone")]) == 0
+    result = next((tmp_path / "alone").glob("*.json"))
+    for folder, file in (("run/evals", f"{result.stem}.jsonl"), ("alone", result.name)):
+        capsys.readouterr()
+        with room_for(1000):
+            assert cli.main([*command, "--output", str(tmp_path / folder)]) == 2
+        error = capsys.readouterr().err
+        assert f"{file} cannot be written: File too large; make room, and give the command again" in error
+        assert error.count("\n") == 1
+        assert cli.main([*command, "--output", str(tmp_path / folder)]) == 0
+    assert results(tmp_path / "run" / "evals") == results(tmp_path / "alone")
 
 
 def test_the_five_benchmarks_from_copies(tmp_path, chat_model, capsys):
@@ -159,7 +178,7 @@ def test_a_gold_answer_that_cannot_be_read_is_refused_by_its_row(tmp_path, chat_
     rows = [*ROWS["aime24"], {"problem": "say:", "answer": "$"}]
     copy = support.write_jsonl(tmp_path / "aime.jsonl", rows)
     path = write(tmp_path, chat_model)
-    assert cli.main(["eval", path, "--benchmarks", f"aime24={copy}"]) == 2
+    assert cli.main(["eval", path, "--benchmarks", f"aime24={copy}", "--rollout.max_tokens", "4"]) == 2
     assert "aime.jsonl line 2: answer '$' cannot be parsed by math_verify" in capsys.readouterr().err
 
 
@@ -174,6 +193,10 @@ def test_a_gold_answer_that_cannot_be_read_is_refused_by_its_row(tmp_path, chat_
         (["--benchmarks", "aime24"], "data.source='hub:HuggingFaceH4/aime_2024' with"),
         (["--benchmarks", "aime24"], "(without a network give a copy: hub:FOLDER, .parquet or .jsonl)"),
         (["--output", "/proc/x"], "--output /proc/x cannot be written: No such file"),
+        (
+            ["--rollout.max_tokens", "251"],
+            "a prompt of 6 tokens: with rollout.max_tokens=251 that is beyond the model's",
+        ),
         (["--data.held_out", "0"], "data.held_out=0: there is nothing to evaluate on; --all takes every row"),
         (["--data.held_out", "13"], "has only 12 different prompts; lower data.held_out=13"),
     ],

@@ -3,26 +3,14 @@
 import math
 import resource
 import sqlite3
-from contextlib import contextmanager
 
 import pytest
-from resume_support import Notes, make_tree, run, steps, weights
+from resume_support import Notes, make_tree, room_for, run, steps, weights
 
 from aapo_fast import config
 from aapo_fast.trainer import loop
 from aapo_fast.trainer.records import read_lines
 from aapo_fast.types import UserError
-
-
-@contextmanager
-def room_for(size_bytes):
-    """The system refuses to make any file larger."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_when_the_trained_model_is_written(tmp_path, tiny_model, monkeypatch, weights_alone):
