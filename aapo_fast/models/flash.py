@@ -32,6 +32,10 @@ class Scores:
     softcap: float | None
 
 
+class BrokenPackageError(UserError):
+    """A package that is installed and cannot be loaded."""
+
+
 class Flash(Protocol):
     """Attention of every problem in one launch; (Q, heads, D) in the queries' order.
 
@@ -68,6 +72,19 @@ def find_flash(name: str, device: torch.device, dtype: torch.dtype) -> Flash | N
     return None
 
 
+def broken_packages() -> list[str]:
+    """Of packages that are installed and cannot be loaded, which ``auto`` passes over: what is the matter."""
+    found = []
+    for find in KERNELS.values():
+        try:
+            find()
+        except BrokenPackageError as error:
+            found.append(str(error))
+        except UserError:
+            continue
+    return found
+
+
 def name_of(flash: Flash | None) -> str:
     """What runs, for a log."""
     if flash is None:
@@ -89,7 +106,14 @@ def _package(name: str) -> Flash:
         )
     from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 
-    (_, run, *_), _ = lazy_import_flash_attention(name)
+    try:
+        (_, run, *_), _ = lazy_import_flash_attention(name)
+    except Exception as error:  # built for another torch, say: what its import runs into is ImportError, and more
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        raise BrokenPackageError(
+            f"model.attention={name!r}: flash-attn {name[-1]} is installed and cannot be loaded "
+            f"({type(error).__name__}: {first_line}); install it for torch {torch.__version__}, or remove it"
+        ) from error
     return partial(_by_package, run)
 
 

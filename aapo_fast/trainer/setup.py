@@ -13,6 +13,8 @@ import torch
 
 from aapo_fast.config import Config, ConfigError, to_dict
 from aapo_fast.data.tasks import HUB, Problems, load_problems, order
+from aapo_fast.models.flash import broken_packages
+from aapo_fast.models.liger import broken_package
 from aapo_fast.models.load import cache_folder, max_positions, model_source
 from aapo_fast.rewards.scorer import Scorer
 from aapo_fast.rollout.reference import ReferenceCache
@@ -85,6 +87,8 @@ def prepare(config: Config, display: Display, ranks: Ranks = ONE) -> Iterator[Ru
             display.note(f"LoRA of rank {config.lora.rank}: {trained:,} of {every:,} parameters are trained")
         if policy.device.type == "cuda":
             display.note(policy.how_computed())
+            for what in passed_over(config):
+                display.note(what)
         if not policy.packed:
             display.note(
                 f"{type(policy.model).__name__}: batches are padded, one row a completion, and prompts are not shared; "
@@ -130,6 +134,14 @@ def prepare(config: Config, display: Display, ranks: Ranks = ONE) -> Iterator[Ru
             resumed=resumed,
             background=background,
         )
+
+
+def passed_over(config: Config) -> list[str]:
+    """Optional packages that would be used on a GPU, were they not broken."""
+    found = broken_packages() if config.model.attention == "auto" else []
+    if config.model.liger == "auto" and not config.model.compile and (what := broken_package()):
+        found.append(what)
+    return found
 
 
 def check_lengths(problems: Problems, limit: float, max_tokens: int) -> None:

@@ -11,10 +11,12 @@ import transformers
 from policy_support import make_samples, relative
 from torch.nn.attention.varlen import varlen_attn
 
+from aapo_fast import config
 from aapo_fast.config import ModelConfig
 from aapo_fast.data.packing import Weighted, pack
 from aapo_fast.models import attention, flash
 from aapo_fast.models.flash import Scores
+from aapo_fast.trainer import setup
 from aapo_fast.trainer.policy import Policy
 from aapo_fast.types import UserError
 
@@ -166,6 +168,20 @@ def test_a_transformers_that_does_not_know_a_version_has_none_of_it(monkeypatch)
     assert flash.find_flash("auto", torch.device("cuda"), torch.bfloat16) is not None
     with pytest.raises(UserError, match="flash-attn 4 is not installed"):
         flash.find_flash("flash_attention_4", torch.device("cuda"), torch.bfloat16)
+
+
+def test_a_package_that_cannot_be_loaded_is_passed_over_unless_it_is_named(tmp_path, monkeypatch):
+    """As one built for another torch; `auto` takes the next, and there is a note of it."""
+    text = "undefined symbol: _ZN3c104cuda"
+    (tmp_path / "flash_attn_interface.py").write_text(f"raise ImportError({text!r})")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(transformers.utils, "is_flash_attn_3_available", lambda: True)
+    found = flash.find_flash("auto", torch.device("cuda"), torch.bfloat16)
+    assert isinstance(found, partial) and found.args[0] is varlen_attn
+    with pytest.raises(UserError, match=f"flash-attn 3 is installed and cannot be loaded .ImportError: {text}") as no:
+        flash.find_flash("flash_attention_3", torch.device("cuda"), torch.bfloat16)
+    assert flash.broken_packages() == [str(no.value)] == setup.passed_over(config.parse({}))
+    assert setup.passed_over(config.parse({"model": {"attention": "sdpa"}})) == []
 
 
 def test_what_is_found_without_a_name():

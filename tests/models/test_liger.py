@@ -6,11 +6,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import support
+import torch
 
+from aapo_fast import config
+from aapo_fast.models import liger
 from aapo_fast.models.liger import use_liger
+from aapo_fast.trainer import setup
 
 KNOWN = ["llama", "qwen3", "gemma2, both soft-caps"]
 UNKNOWN = "cohere, scaled logits"
@@ -19,6 +24,21 @@ UNKNOWN = "cohere, scaled logits"
 def test_a_model_on_a_cpu_is_left_alone():
     model = support.tiny()
     assert use_liger(model) is False and "liger" not in model.model.norm.forward.__func__.__module__
+
+
+def test_a_liger_that_cannot_be_loaded_is_passed_over_with_a_note(tmp_path, monkeypatch):
+    (tmp_path / "liger_kernel").mkdir()
+    (tmp_path / "liger_kernel" / "__init__.py").write_text("raise ImportError('no LlamaRMSNorm')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "liger_kernel"]:
+        monkeypatch.delitem(sys.modules, name)
+    model = support.tiny()
+    weight = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(liger, "find_head", lambda model: SimpleNamespace(weight=weight))
+    assert use_liger(model) is False
+    [note] = setup.passed_over(config.parse({}))
+    assert "liger-kernel is installed and cannot be loaded (ImportError: no LlamaRMSNorm)" in note
+    assert setup.passed_over(config.parse({"model": {"liger": "off"}})) == []
 
 
 @pytest.fixture(scope="module")
