@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +85,14 @@ class RunFolder:
         if self._writer is not None:
             # Events of later steps, of a run that was killed, are not shown.
             purge_step = None if self._resumed_step is None else self._resumed_step + 1
-            self._board = self._writer(str(self.path), purge_step=purge_step)
+            with self._written("events.out.tfevents"):
+                self._board = self._writer(str(self.path), purge_step=purge_step)
 
     def close(self) -> None:
         """Write out what TensorBoard's writer has yet to."""
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):  # a full disk: the same figures are in the records
+                self._board.close()
 
     def _clear(self, models: Sequence[str]) -> None:
         path = self.path
@@ -144,30 +146,39 @@ class RunFolder:
             ) from error
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file of records so far; they are on the disk when this returns."""
+        """Bytes of each file of records so far; they are on the disk when this returns. Raises UserError where the disk
+        refuses it.
+        """
         sizes = {}
         for name in RECORDS:
             if (self.path / name).exists():
-                with (self.path / name).open("rb") as file:
+                with self._written(name), (self.path / name).open("rb") as file:
                     os.fsync(file.fileno())
                     sizes[name] = file.seek(0, os.SEEK_END)
         return sizes
 
     def cut(self, sizes: Mapping[str, int]) -> list[str]:
-        """Back to the records that ``sizes`` spoke of, whole lines; returns the files that had fewer."""
+        """Back to the records that ``sizes`` spoke of, whole lines; returns the files that had fewer. Raises UserError
+        where the disk refuses it.
+        """
         for name in (SUMMARY, CURVE):
-            (self.path / name).unlink(missing_ok=True)
+            with self._written(name):
+                (self.path / name).unlink(missing_ok=True)
         self._clear_unfinished()
         for name in RECORDS:
-            path = self.path / name
-            if name not in sizes:
-                path.unlink(missing_ok=True)
-                continue
-            kept = (path.read_bytes() if path.exists() else b"")[: sizes[name]]
-            scratch = self.path / f".{name}"
-            scratch.write_bytes(kept[: kept.rfind(b"\n") + 1])
-            os.replace(scratch, path)
+            with self._written(name):
+                self._cut(self.path / name, sizes.get(name))
         return [name for name, size in sizes.items() if (self.path / name).stat().st_size < size]
+
+    def _cut(self, path: Path, size: int | None) -> None:
+        """To the whole lines of so many bytes; away with it where it was not there."""
+        if size is None:
+            path.unlink(missing_ok=True)
+            return
+        kept = (path.read_bytes() if path.exists() else b"")[:size]
+        scratch = path.with_name(f".{path.name}")
+        scratch.write_bytes(kept[: kept.rfind(b"\n") + 1])
+        os.replace(scratch, path)
 
 
 @contextmanager

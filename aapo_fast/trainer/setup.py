@@ -69,6 +69,8 @@ def prepare(config: Config, display: Display, ranks: Ranks = ONE) -> Iterator[Ru
     """
     check_offload(config)
     check_folder(config)
+    if not -(2**63) <= config.run.seed < 2**64:
+        raise ConfigError(f"run.seed={config.run.seed} is more than PyTorch takes; give one of at most 64 bits")
     torch.manual_seed(config.run.seed)
     with ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(only_process(Path(config.run.folder), display.note)))

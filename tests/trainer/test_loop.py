@@ -108,6 +108,7 @@ def test_what_a_run_leaves_behind(tmp_path, tiny_model):
     assert len(samples) == 3 * 8 and {"prompt", "completion", "reward", "advantage"} <= samples[0].keys()
     assert len({s["prompt"] for s in samples if s["step"] == 1}) == 4
     assert any("tfevents" in p.name for p in folder.iterdir())
+    assert not any("tensorboard" in type(thread).__module__ for thread in threading.enumerate())  # its writer is closed
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     assert transformers.AutoTokenizer.from_pretrained(folder / "model")("x").input_ids
     assert model.num_parameters() > 0
@@ -298,6 +299,8 @@ def test_missing_rewards_leave_their_completions_out(tmp_path, tiny_model):
         ({"rewards": [{"function": "reasoning_gym"}]}, DataError, "line 1: there is no metadata.source_dataset"),
         ({"rollout__prompts_per_step": 9}, UserError, "rollout.prompts_per_step=9 exceeds the 8 training problems"),
         ({"model__device": "cuda:7"}, UserError, "model.device='cuda:7': this machine has"),
+        ({"run__seed": 2**64}, UserError, f"run.seed={2**64} is more than PyTorch takes"),
+        ({"run__seed": -(2**63) - 1}, UserError, "give one of at most 64 bits"),
         ({"run__folder": ""}, UserError, "run.folder is empty; name a folder"),
         ({"run__folder": "/proc/no"}, UserError, "run.folder='/proc/no' cannot be written"),
         ({"model__path": "nowhere"}, UserError, "model.path='nowhere' cannot be loaded"),
