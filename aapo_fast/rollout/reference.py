@@ -4,8 +4,8 @@ The reference never changes, so its rewards are the same random variables all ru
 drawn and scored once, and looked up ever after, in this run and in the next. A row is keyed by everything that decides
 it: model, prompt tokens, sampling, seed, and reward functions with the row they were given.
 
-Rewards are kept only where all K of a problem came about. Each problem is committed by itself, in a write-ahead log: a
-kill at any moment loses at most the problems in flight.
+Rewards are kept only where all K of a problem came about. Each problem is committed by itself: a kill at any moment
+loses at most the problems in flight.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class ReferenceCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=60.0, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
+            # Not a write-ahead log, whose shared memory does not reach the other machines of a network disk.
+            self._db.execute("PRAGMA journal_mode=DELETE")
             found = self._db.execute("PRAGMA user_version").fetchone()[0]
             if found not in (0, FORMAT_VERSION):
                 raise UserError(f"reference.cache={path} has format {found}, want {FORMAT_VERSION}; name another file")
@@ -75,7 +76,8 @@ class ReferenceCache:
 
     def missing(self, problems: Sequence[Problem]) -> list[Problem]:
         """Those not yet in the cache, each once."""
-        by_key = {self._key(p): p for p in problems}
+        once = {id(p): p for p in problems}.values()  # of a whole run's draws: a key takes a digest
+        by_key = {self._key(p): p for p in once}
         return [p for key, p in by_key.items() if self._get(key) is None]
 
     def rewards(self, problem: Problem) -> list[float]:

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -42,6 +43,39 @@ def test_each_problem_is_drawn_once_and_kept(tmp_path):
     again = open_cache(tmp_path / "c.sqlite")
     again.fill(problems, no_draw)
     assert again.rewards(problems[1]) == [1.0, 0.25]
+
+
+def test_a_problem_that_comes_up_often_is_looked_up_once(tmp_path, monkeypatch):
+    cache, real, asked = open_cache(tmp_path / "c.sqlite"), ReferenceCache._key, []
+    monkeypatch.setattr(ReferenceCache, "_key", lambda self, problem: asked.append(problem) or real(self, problem))
+    problems = [support.problem("ab"), support.problem("cd")]
+    assert cache.missing(problems * 50) == problems and asked == problems
+
+
+FILL_OWN = """
+import sys; sys.path[:0] = {path!r}
+from pathlib import Path
+from aapo_fast.rollout.reference import ReferenceCache
+from aapo_fast.types import Problem, SamplingParams
+cache = ReferenceCache(Path({file!r}), model="m", reward_version="r", sampling=SamplingParams(max_tokens=4),
+                       samples=2, seed=0)
+for i in range({first}, {first} + 100):
+    problem = Problem("row", "p", (i,), {{"answer": i}})
+    cache.fill([problem], lambda problems, seeds: [[float(i), 0.5]])
+    assert cache.rewards(problem) == [float(i), 0.5]
+"""
+
+
+def test_processes_that_fill_it_at_once_and_leave_no_log(tmp_path):
+    """Also after one that kept a write-ahead log, as earlier versions did, which a network disk may corrupt."""
+    file = tmp_path / "c.sqlite"
+    sqlite3.connect(file).execute("PRAGMA journal_mode=WAL").close()
+    codes = [FILL_OWN.format(path=sys.path, file=str(file), first=100 * place) for place in range(4)]
+    children = [subprocess.Popen([sys.executable, "-c", code]) for code in codes]
+    assert [child.wait(120) for child in children] == [0] * 4
+    cache = open_cache(file)
+    assert not cache.missing([Problem("row", "p", (i,), {"answer": i}) for i in range(400)])
+    assert os.listdir(tmp_path) == ["c.sqlite"]
 
 
 def test_a_failed_reward_serves_this_run_and_is_drawn_again_by_the_next(tmp_path):
