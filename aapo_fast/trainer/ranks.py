@@ -34,7 +34,12 @@ T = TypeVar("T")
 S = TypeVar("S")
 
 TIME_LIMIT = timedelta(minutes=30)
-"""Longest that ranks wait for each other: for the slowest one's rollout, or for the first to write a checkpoint."""
+"""Longest that ranks wait for each other at the start and in an optimizer step, where they go side by side."""
+
+WORK_LIMIT = timedelta(hours=6)
+"""Longest that they wait for one rank's work: rollouts that the first asks servers for, rewards, a checkpoint. One that
+is killed is missed at once, by its connection; this is for one that hangs.
+"""
 
 LETTING_GO_SECONDS = 0.2
 """How long a rank that has left the group waits before Python may end. A thread of gloo's that has yet to let go of its
@@ -55,11 +60,13 @@ class Ranks:
         rank: from 0; the first alone writes the run's folder and speaks.
         world: how many there are.
         local_rank: among those of this machine.
+        group: in which they tell each other things; None for the default one.
     """
 
     rank: int
     world: int
     local_rank: int = 0
+    group: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -75,7 +82,7 @@ class Ranks:
             return [work()]
         mine = _attempt(work)
         every: list[_Outcome] = [mine] * self.world
-        dist.all_gather_object(every, mine)
+        dist.all_gather_object(every, mine, group=self.group)
         return [outcome.value(rank, mine) for rank, outcome in enumerate(every)]
 
     def on_first(self, work: Callable[[], T]) -> T:
@@ -84,7 +91,7 @@ class Ranks:
             return work()
         mine = _attempt(work) if self.first else _Outcome(None)
         told = [mine]
-        dist.broadcast_object_list(told, src=0)
+        dist.broadcast_object_list(told, src=0, group=self.group)
         value: T = told[0].value(0, mine)
         return value
 
@@ -184,7 +191,8 @@ def joined_ranks(config: Config) -> Iterator[Ranks]:
         # What ranks tell each other is in the CPU's memory, so gloo is there beside NCCL.
         backend = "cpu:gloo,cuda:nccl" if _takes_gpu(config, world) else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIME_LIMIT)
-        yield Ranks(rank, world, int(os.environ.get("LOCAL_RANK", "0")))
+        group = dist.new_group(backend="gloo", timeout=WORK_LIMIT)
+        yield Ranks(rank, world, int(os.environ.get("LOCAL_RANK", "0")), group)
     except Exception as error:
         if isinstance(error, RankError) or not _fails_first(store):
             raise SystemExit(1) from None
@@ -193,7 +201,8 @@ def joined_ranks(config: Config) -> Iterator[Ranks]:
         if _is_lost_connection(error):
             reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"rank {rank}: another rank was killed, or did not answer within {TIME_LIMIT}: {reason}"
+                f"rank {rank}: another rank was killed, or did not answer within {WORK_LIMIT} (in a step "
+                f"{TIME_LIMIT}): {reason}"
             ) from error
         raise
     dist.destroy_process_group()

@@ -140,14 +140,15 @@ def torchrun(tmp_path, tree, world=2, module="aapo_fast.cli"):
     layers = {**tree, "rewards.0": tree["rewards"][0]}
     del layers["rewards"]
     settings = [f"--{layer}.{k}={json.dumps(v)}" for layer, table in layers.items() for k, v in table.items()]
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)),
-        *("-m", module, "train", str(path), *settings),
-    ]
+    return torchrun_of(["-m", module, "train", str(path), *settings], world)
+
+
+def torchrun_of(arguments, world=2):
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world))
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path), "GLOO_SOCKET_IFNAME": "lo"
     }  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=120, env=environment)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -159,6 +160,28 @@ def test_torchrun(tmp_path, tiny_model, alone, in_pieces):
     assert code == 0, output
     assert len(re.findall(r"^step \d/6", output, re.MULTILINE)) == 6  # one rank speaks
     check_same(alone, tmp_path / "run", tiny_model)
+
+
+FIRST_TAKES_LONG = """
+import time
+from datetime import timedelta
+from aapo_fast import config
+from aapo_fast.trainer import ranks
+ranks.TIME_LIMIT = timedelta(seconds=10)
+def work():
+    time.sleep(13)
+    return "done"
+with ranks.joined_ranks(config.parse({"model": {"device": "cpu"}})) as joined:
+    assert joined.any(joined.first)
+    assert joined.on_first(work) == "done"
+    print("waited", flush=True)
+"""
+
+
+def test_work_of_the_first_rank_may_take_longer_than_a_step(tmp_path):
+    (tmp_path / "first_takes_long.py").write_text(FIRST_TAKES_LONG)
+    code, output = torchrun_of([str(tmp_path / "first_takes_long.py")])
+    assert code == 0 and output.count("waited") == 2, output
 
 
 BAD_REWARD = """
@@ -190,7 +213,7 @@ sys.exit(cli.main())
     ("at_once", "message"),
     [
         (True, "rank 1: the reward functions .* cannot be loaded: ImportError: no grader here"),
-        (False, "rank 0: another rank was killed, or did not answer within 0:30:00: "),
+        (False, "rank 0: another rank was killed, or did not answer within 6:00:00 .in a step 0:30:00.: "),
     ],
     ids=["its reward function cannot be loaded", "it is killed in a step"],
 )
