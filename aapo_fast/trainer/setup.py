@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,8 +25,8 @@ from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.engine import engine_version, make_engine
 from aapo_fast.trainer.policy import Policy, resolve_device
 from aapo_fast.trainer.ranks import ONE, Ranks
-from aapo_fast.trainer.records import RunFolder, only_process, replaced_in
-from aapo_fast.trainer.resume import check_identity, check_same_on_all, find_checkpoint, identify
+from aapo_fast.trainer.records import CONFIG, RunFolder, flatten, only_process, replaced_in, without_nan
+from aapo_fast.trainer.resume import UNSAID, check_identity, check_same_on_all, find_checkpoint, identify
 from aapo_fast.trainer.shared import SharedCache, share_cache, share_engine, share_folder, share_policy, share_scorer
 from aapo_fast.trainer.step import make_optimizer
 from aapo_fast.types import DataError, Problem, RolloutEngine, SamplingParams
@@ -117,8 +118,7 @@ def prepare(config: Config, display: Display, ranks: Ranks = ONE) -> Iterator[Ru
         stack.callback(engine.close)
         shared = share_policy(ranks, policy, config.model.vocabulary_parallel)
         optimizer = make_optimizer(shared, config.train)
-        # Now that nothing is amiss. A run repeated for want of a checkpoint keeps its model until there is another.
-        folder.begin(to_dict(config), keep_model=config.run.resume and not config.run.overwrite)
+        folder.begin(to_dict(config), keep_model=repeats(config))  # now that nothing is amiss
         yield Run(
             config=config,
             ranks=ranks,
@@ -186,6 +186,21 @@ def open_folder(config: Config, resumed: Checkpoint | None) -> RunFolder:
         tensorboard=config.run.tensorboard,
         resumed_step=resumed.step if resumed else None,
     )
+
+
+def repeats(config: Config) -> bool:
+    """Whether the folder's run was of this config and is to be resumed. One that has no checkpoint begins anew, and its
+    model, saved at an error, stays until there is another.
+    """
+    if not (config.run.resume and config.run.overwrite):
+        return config.run.resume  # ``find_checkpoint`` has refused any other run
+    try:
+        before = json.loads((Path(config.run.folder) / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    now = json.loads(json.dumps(without_nan(to_dict(config)), default=str))
+    old, new = ({k: v for k, v in flatten(t).items() if k.replace("/", ".") not in UNSAID} for t in (before, now))
+    return bool(old == new)
 
 
 def sampling_params(config: Config) -> SamplingParams:

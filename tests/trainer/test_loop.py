@@ -227,10 +227,14 @@ def test_what_a_run_is_made_from_is_never_replaced(tmp_path, tiny_model, key, pl
     assert everything_in(tmp_path / "run") == before
 
 
-def test_a_run_repeated_for_want_of_a_checkpoint_keeps_its_model_until_there_is_another(tmp_path, tiny_model):
-    tree = support.tiny_run(tmp_path, tiny_model, run__resume=True, checkpoint__every=0)
+@pytest.mark.parametrize("overwrite", [False, True])  # as the quickstart's config has it
+def test_a_run_repeated_for_want_of_a_checkpoint_keeps_its_model_until_there_is_another(
+    tmp_path, tiny_model, overwrite
+):
+    tree = support.tiny_run(tmp_path, tiny_model, run__overwrite=overwrite, checkpoint__every=0)
     run(tree)
     (tmp_path / "run" / "summary.json").unlink()  # as after an error
+    tree["run"]["resume"] = True
     model = tmp_path / "run" / "model" / "model.safetensors"
     before = model.read_bytes()
     model.with_name("of_the_first").touch()
@@ -238,6 +242,13 @@ def test_a_run_repeated_for_want_of_a_checkpoint_keeps_its_model_until_there_is_
         assert model.read_bytes() == before and not metrics(tmp_path)
     assert run(tree)["status"] == "finished"
     assert model.read_bytes() == before and not model.with_name("of_the_first").exists()
+
+
+def test_a_resumed_run_does_not_keep_the_model_of_another_that_it_replaces(tmp_path, tiny_model):
+    tree = support.tiny_run(tmp_path, tiny_model, run__overwrite=True, run__resume=True, checkpoint__every=0)
+    run(tree)
+    with setup.prepare(config.parse({**tree, "run": {**tree["run"], "seed": 1}}), Display(quiet=True)):
+        assert not (tmp_path / "run" / "model").exists()
 
 
 def test_records_survive_odd_line_separators_and_a_cut_last_line(tmp_path):
@@ -299,9 +310,6 @@ def test_missing_rewards_leave_their_completions_out(tmp_path, tiny_model):
         ({"rewards": [{"function": "reasoning_gym"}]}, DataError, "line 1: there is no metadata.source_dataset"),
         ({"rollout__prompts_per_step": 9}, UserError, "rollout.prompts_per_step=9 exceeds the 8 training problems"),
         ({"model__device": "cuda:7"}, UserError, "model.device='cuda:7': this machine has"),
-        ({"run__seed": 2**64}, UserError, f"run.seed={2**64} is more than PyTorch takes"),
-        ({"run__seed": -(2**63) - 1}, UserError, "give one of at most 64 bits"),
-        ({"run__folder": ""}, UserError, "run.folder is empty; name a folder"),
         ({"run__folder": "/proc/no"}, UserError, "run.folder='/proc/no' cannot be written"),
         ({"model__path": "nowhere"}, UserError, "model.path='nowhere' cannot be loaded"),
     ],
@@ -310,6 +318,19 @@ def test_bad_input_is_one_line(tmp_path, tiny_model, changes, error, message):
     with pytest.raises(error) as refusal:
         run(support.tiny_run(tmp_path, tiny_model, **changes))
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run__seed": 2**64}, f"run.seed={2**64} is more than PyTorch takes; give one of at most 64 bits"),
+        ({"run__seed": -(2**63) - 1}, "give one of at most 64 bits"),
+        ({"run__folder": ""}, "run.folder is empty; name a folder"),
+    ],
+)
+def test_seeds_and_folders_that_cannot_be(tmp_path, tiny_model, changes, message):
+    with pytest.raises(UserError, match=message):
+        run(support.tiny_run(tmp_path, tiny_model, **changes))
 
 
 def test_an_earlier_run_is_not_overwritten_by_accident(tmp_path, tiny_model):
