@@ -1,7 +1,9 @@
 """Checkpoints: going on from them, and what is refused and taken instead when they are damaged or cannot be written."""
 
+import errno
 import json
 import math
+import os
 import random
 import resource
 import shutil
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import support
 import torch
-from resume_support import Notes, crash, folder_of, make_tree, run, steps, weights
+from resume_support import Notes, crash, folder_of, make_tree, room_for, run, steps, weights
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from aapo_fast import config
 from aapo_fast.rollout.hf import HFEngine
 from aapo_fast.trainer import checkpoint, loop
-from aapo_fast.trainer.records import read_lines
+from aapo_fast.trainer.records import RunFolder, read_lines
 from aapo_fast.types import UserError
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
@@ -316,6 +318,32 @@ def test_a_disk_that_is_full_when_a_record_is_written(tmp_path, tiny_model, weig
     summary, said = run(tree, run={"resume": True})
     assert "resuming after step 2" in said and summary["status"] == "finished"
     assert steps(tmp_path) == [1, 2, 3, 4, 5, 6] and weights(tmp_path) == weights_alone
+
+
+def test_a_disk_that_is_full_when_records_are_cut_on_resuming(tmp_path, crashed, monkeypatch, weights_alone):
+    before, real = (tmp_path / "run" / "samples.jsonl").read_bytes(), RunFolder.cut
+
+    def with_little_room(*arguments):
+        with room_for(2000):
+            return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "cut", with_little_room)
+        with pytest.raises(UserError, match=r"jsonl cannot be written: File too large; make room, .*--resume"):
+            run(crashed, run={"resume": True})
+    assert (tmp_path / "run" / "samples.jsonl").read_bytes() == before and len(before) > 2000
+    assert run(crashed, run={"resume": True})[0]["status"] == "finished" and weights(tmp_path) == weights_alone
+
+
+def test_a_disk_that_is_full_when_records_are_flushed_for_a_checkpoint(tmp_path, tiny_model, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = RunFolder(tmp_path / "run")
+    folder.begin({})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written: No space left on device; make room"):
+        folder.sizes()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, tiny_model):

@@ -1,8 +1,6 @@
 """A disk that fills up while something else than records and checkpoints is written (those: test_checkpoint.py)."""
 
-import errno
 import math
-import os
 import resource
 import sqlite3
 
@@ -11,7 +9,7 @@ from resume_support import Notes, make_tree, room_for, run, steps, weights
 
 from aapo_fast import config
 from aapo_fast.trainer import loop
-from aapo_fast.trainer.records import RunFolder, read_lines
+from aapo_fast.trainer.records import read_lines
 from aapo_fast.types import UserError
 
 
@@ -43,32 +41,6 @@ def test_when_the_curve_is_drawn(tmp_path, tiny_model, monkeypatch, weights_alon
     summary, said = run(tree)
     assert f"{tmp_path}/run/curve.png cannot be written: File too large" in said
     assert summary["status"] == "finished" and weights(tmp_path) == weights_alone
-
-
-def test_when_records_are_cut_on_resuming(tmp_path, crashed, monkeypatch, weights_alone):
-    before, real = (tmp_path / "run" / "samples.jsonl").read_bytes(), RunFolder.cut
-
-    def with_little_room(*arguments):
-        with room_for(2000):
-            return real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "cut", with_little_room)
-        with pytest.raises(UserError, match=r"jsonl cannot be written: File too large; make room, .*--resume"):
-            run(crashed, run={"resume": True})
-    assert (tmp_path / "run" / "samples.jsonl").read_bytes() == before and len(before) > 2000
-    assert run(crashed, run={"resume": True})[0]["status"] == "finished" and weights(tmp_path) == weights_alone
-
-
-def test_when_records_are_flushed_for_a_checkpoint(tmp_path, tiny_model, monkeypatch):
-    def full(handle):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    folder = RunFolder(tmp_path / "run")
-    folder.begin({})
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written: No space left on device; make room"):
-        folder.sizes()
 
 
 def test_when_reference_rewards_are_kept(tmp_path, tiny_model, weights_alone):

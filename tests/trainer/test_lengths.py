@@ -7,7 +7,7 @@ import pytest
 import support
 import torch
 import transformers
-from resume_support import crash, make_tree, run, steps, weights
+from resume_support import crash, make_tree, run, weights
 
 from aapo_fast.models.load import max_positions
 from aapo_fast.trainer.records import read_lines
@@ -56,7 +56,7 @@ def with_rows(tree, *questions):
 def test_prompts_that_cannot_be_are_refused_by_their_row(tmp_path, tiny_model, question, message):
     with pytest.raises(DataError, match=message):
         run(with_rows(make_tree(tmp_path, tiny_model, data__max_prompt_tokens=512), question))
-    assert not steps(tmp_path)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()  # nothing has begun
 
 
 def test_the_longest_prompt_that_the_model_takes_is_taken(tmp_path, tiny_model):
