@@ -7,20 +7,25 @@
 namespace aapo_fast {
 namespace {
 
-constexpr float EXP_LOWEST = -104.0f; // exp is 0 from here down: below half the smallest subnormal number
+// exp is 0 from here down. What is smaller than 1.3e-24 of the largest changes no sum of fp32 numbers; but divided by the
+// tokens of a step it would be a subnormal number, of which the processor makes products a hundred times more slowly.
+constexpr float EXP_LOWEST = -55.0f;
 
 // exp(x) for x <= 0 (differences from a maximum, and the -2|y| of tanh) and what is left of x: below EXP_LOWEST it is cut,
-// where exp is zero, so that x exp(x) is zero and not NaN. Within 2 units in the last place, subnormal results included.
+// where exp is zero, so that x exp(x) is zero and not NaN. Within 2 units in the last place.
 // Of NaN nothing is promised: its low bits may reach the exponent. Of x above 1 neither.
 //
 // x = n log 2 + r with |r| <= log(2) / 2; exp(r) = 1 + r + r^2 q(r), q fitted to 3e-9 of exp(r).
 AAPO_INLINE Floats exp_and_cut(Floats &x) {
   constexpr float LOG2_E = 1.44269504f, LOG_2_HIGH = 0x1.62e4p-1f, LOG_2_LOW = 1.42860677e-6f;
-  constexpr int BIAS = 126;
-  // What is added to 1.5 * 2^23 loses its fraction, and stands in its low bits.
-  constexpr float ROUND = 12582912.0f + BIAS;
+  constexpr float ROUND = 12582912.0f; // what is added to 1.5 * 2^23 loses its fraction, and stands in its low bits
+#if AAPO_WIDTH == 16 && defined(__AVX512F__)
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(EXP_LOWEST), _CMP_NLE_UQ);
+#else
+  const Bits kept = ~(Bits)(x <= EXP_LOWEST);
+#endif
   x = larger(all(EXP_LOWEST), x);
-  const Floats rounded = multiply_add(x, all(LOG2_E), all(ROUND)); // n + BIAS, in those bits
+  const Floats rounded = multiply_add(x, all(LOG2_E), all(ROUND)); // n, in those bits
   const Floats n = rounded - ROUND;
   // LOG_2_HIGH has 15 bits, so its product with n is exact without a fused multiply-add too.
   Floats r = multiply_add(n, all(-LOG_2_HIGH), x);
@@ -32,11 +37,9 @@ AAPO_INLINE Floats exp_and_cut(Floats &x) {
   q = multiply_add(q, r, all(0.49999994f));
   const Floats y = multiply_add(q, r * r, r) + 1.0f;
 #if AAPO_WIDTH == 16 && defined(__AVX512F__)
-  return (Floats)_mm512_maskz_scalef_ps(EVERY, (__m512)y, (__m512)n);
+  return (Floats)_mm512_maskz_scalef_ps(kept, (__m512)y, (__m512)n);
 #else
-  // Times 2^(n + BIAS) by its exponent, which the high bits of `rounded` do not reach, then back by a multiplication that
-  // rounds once: so the smallest results are right that have no exponent of their own.
-  return (Floats)((Bits)y + ((Bits)rounded << 23)) * 0x1p-126f;
+  return (Floats)(((Bits)y + ((Bits)rounded << 23)) & kept); // times 2^n, by its exponent
 #endif
 }
 

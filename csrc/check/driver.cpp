@@ -275,8 +275,8 @@ void exps(const Kernels &k) {
   out.resize(x.size());
   k.exp(x.data(), out.data(), 0, int64_t(x.size()));
   for (size_t i = 0; i < x.size(); ++i) {
-    const double truth = std::exp(double(x[i]));
-    expect(std::abs(out[i] - truth) <= std::max(truth * 2.4e-7, 1.5e-45), "exp", out[i], truth);
+    const double truth = x[i] <= -55 ? 0 : std::exp(double(x[i])); // functions.h, EXP_LOWEST
+    expect(std::abs(out[i] - truth) <= truth * 2.4e-7, "exp", out[i], truth);
   }
   const float nan = std::nanf("");
   k.exp(&nan, out.data(), 0, 1);

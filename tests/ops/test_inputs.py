@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import aapo_fast as af
 from aapo_fast.ops import dispatch
-from aapo_fast.ops.linear_policy import autograd, sparse
+from aapo_fast.ops.linear_policy import autograd, products, sparse
 
 IMPLEMENTATIONS = [c.name for c in dispatch.survey(torch.device("cpu")) if c.available and c.name != "reference"]
 
@@ -230,6 +230,30 @@ def test_what_is_not_finite_is_not_hidden(poison, implementation, backward):
         hidden[1, 2] = poison
     out, (dx, dw) = run(implementation, (hidden, weight, targets, None), af.SFT(12.0), backward=backward)
     assert not out.loss.isfinite() and not dx.isfinite().all() and not dw.isfinite().all()
+
+
+@pytest.mark.parametrize("implementation", ["torch", "native"])
+def test_gradient_rows_hold_no_subnormal_numbers(implementation, monkeypatch):
+    """Products of them take a processor a hundred times as long, and a confident model's dust would be full of them."""
+    if implementation not in IMPLEMENTATIONS:
+        pytest.skip("the native kernels are not built here")
+    seen = []
+
+    def looked_at(self, d, out):
+        seen.append(d.abs())
+        return into(self, d, out)
+
+    into = products.Products.hidden_gradient
+    monkeypatch.setattr(products.Products, "hidden_gradient", looked_at)
+    hidden, weight, targets, _ = problem(40, 16, 5003, dtype=torch.float32, scale=8.0)
+    _, (dx, dw) = run(implementation, (hidden, weight, targets, None), af.SFT(1e5))
+    z = hidden.detach().double() @ weight.detach().double().t()
+    assert ((z - z.logsumexp(1, keepdim=True)) < -90).double().mean() > 0.1  # a subnormal probability
+    d = torch.cat(seen)
+    assert len(d) == 40 and ((d > 0) & (d < 2.0**-126)).sum() == 0 and (d == 0).double().mean() > 0.1
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    _, truth = run("reference", (*wide, targets, None), af.SFT(1e5))
+    assert relative(dx, truth[0]) < 2e-6 and relative(dw, truth[1]) < 2e-6
 
 
 def test_an_objective_may_write_on_what_it_is_given():

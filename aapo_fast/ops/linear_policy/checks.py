@@ -111,7 +111,9 @@ def check_numbers(
             "backward='sparse' is not for implementation='reference', which is the exact truth; use 'torch'"
         )
     if not (_is(sparsity_threshold, numbers.Real) and SMALLEST_THRESHOLD <= sparsity_threshold <= 1):
-        raise ValueError(f"sparsity_threshold={sparsity_threshold!r}; give a number in (0, 1], for example 2**-13")
+        raise ValueError(
+            f"sparsity_threshold={sparsity_threshold!r} must lie in (0, 1], and not below {SMALLEST_THRESHOLD:g}"
+        )
     if not _is(seed, numbers.Integral):
         raise ValueError(f"seed={seed!r} must be an int")
 

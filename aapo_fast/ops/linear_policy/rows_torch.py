@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from aapo_fast.ops.linear_policy import sparse
 from aapo_fast.ops.linear_policy import targets as at_targets
@@ -23,6 +26,11 @@ BLOCK_BYTES = 8 * 2**20
 
 LEFT_OUT = -1e30
 """Stands for a logit of minus infinity, without the NaN of 0 * inf."""
+
+
+SMALLEST = math.exp(-55.0)
+"""An exponential that is less, of the largest of its row, is zero on a CPU: it changes no sum of fp32 numbers, but
+divided by the tokens of a step it would be subnormal, and products of such take a hundred times as long."""
 
 
 class TorchRows:
@@ -59,6 +67,8 @@ class TorchRows:
         row_max = self._row_max = z.amax(1)
         shifted = z.sub_(row_max[:, None])
         exps = torch.exp(shifted, out=self._exps[: z.shape[0], : z.shape[1]])
+        if not exps.is_cuda:
+            functional.threshold_(exps, SMALLEST, 0.0)  # which leaves NaN as it is
         return Partials(row_max, exps.sum(1), torch.linalg.vecdot(exps, shifted), at_target)
 
     def finish(self, partials: Partials) -> RowStatistics:
