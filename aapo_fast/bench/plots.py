@@ -127,5 +127,8 @@ def _panel(panel: Any, group: _Group, titles: list[str], value: Callable[[Row], 
     if group.axis == TOKENS:
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter("{x:.0f}")
-    panel.set_yscale("log")
+    if group.axis == TOKENS or value is _error:
+        panel.set_yscale("log")
+    else:
+        panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)

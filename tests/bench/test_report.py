@@ -70,6 +70,13 @@ def test_beside_and_summaries(measured):
     assert "Time, of 3G" in report.summaries([(folder / "head.json", result)])
 
 
+def test_entropies_have_a_picture_too(quick_memory, tmp_path):
+    made = support.settings(["exact"])
+    cases = [TINY, replace(TINY, distribution="3 nats"), replace(TINY, distribution="flat")]
+    picture = report.write_beside(head.measure(cases, made), tmp_path)[1]
+    assert "mean entropy, nats" in picture.read_text() and "N, tokens" not in picture.read_text()
+
+
 def test_files_that_are_not_results(measured, tmp_path):
     _, folder = measured
     (folder / "other.json").write_text('{"trl_seconds": [1]}')
