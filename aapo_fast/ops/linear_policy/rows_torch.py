@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from aapo_fast.ops.linear_policy import sparse
 from aapo_fast.ops.linear_policy import targets as at_targets
@@ -68,7 +67,7 @@ class TorchRows:
         shifted = z.sub_(row_max[:, None])
         exps = torch.exp(shifted, out=self._exps[: z.shape[0], : z.shape[1]])
         if not exps.is_cuda:
-            functional.threshold_(exps, SMALLEST, 0.0)  # which leaves NaN as it is
+            torch.threshold_(exps, SMALLEST, 0.0)  # which leaves NaN as it is
         return Partials(row_max, exps.sum(1), torch.linalg.vecdot(exps, shifted), at_target)
 
     def finish(self, partials: Partials) -> RowStatistics:
