@@ -282,15 +282,33 @@ class Regularized:
 
     def __call__(self, tokens: Tokens) -> Tensor:
         losses = self.objective(tokens)
-        active = getattr(self.objective, "active", None)
-        mask = None if active is None else active()
-        if mask is not None:  # rows that it leaves out have no loss of its own here either
-            losses = losses.where(mask.to(tokens.rows.device, non_blocking=True)[tokens.rows], 0.0)
+        # Rows that it leaves out have no loss of its own here either; those of ours have none by their zero weight.
+        if getattr(type(self.objective), "active", None) not in (_OfSequences.active, SFT.active):
+            mask = active_rows(self.objective)
+            if mask is not None:
+                losses = losses.where(_sent(mask, tokens.rows.device)[tokens.rows], 0.0)
         if self.entropy_bonus:
             losses = losses - (self.entropy_bonus / self.num_tokens) * tokens.entropy
         if self.z_loss:
             losses = losses + (self.z_loss / self.num_tokens) * tokens.logsumexp.square()
         return losses
+
+
+def active_rows(objective: Objective | None) -> Tensor | None:
+    """(N,) bool: rows that have a loss at all; None is all. Raises ValueError if ``active()`` gives anything else."""
+    active = getattr(objective, "active", None)
+    mask: Tensor | None = active() if active is not None else None
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
+        got = mask.dtype if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ValueError(f"the objective's active() gave {got}; give an (N,) bool tensor, or None for all rows")
+    return mask
+
+
+def _sent(mask: Tensor, device: torch.device) -> Tensor:
+    """To a GPU from pinned memory, which does not make the host wait."""
+    if device.type == "cuda" and mask.device.type == "cpu":
+        mask = mask.pin_memory()
+    return mask.to(device, non_blocking=True)
 
 
 def _at_least_fp32(values: Tensor) -> Tensor:
@@ -360,12 +378,12 @@ def _check_sequences(name: str, advantages: Tensor, sequence_index: Tensor, num_
             "one device (the CPU will do, whatever device the loss runs on)"
         )
     _check_num_tokens(name, num_tokens)
+    # In a traced graph there is nothing to see: the operator looks when it runs.
+    if torch.compiler.is_compiling() or not sequence_index.numel():
+        return
     if sequence_index.device.type != "cpu":  # a look would make the host wait, so the device asserts
         good = (sequence_index >= 0) & (sequence_index < advantages.numel())
         torch._assert_async(good.all(), f"{name}: sequence_index outside [0, {advantages.numel()})")
-        return
-    # In a traced graph there is nothing to see: the operator looks again when it runs.
-    if torch.compiler.is_compiling() or not sequence_index.numel():
         return
     low, high = sequence_index.aminmax()
     if low < 0 or high >= advantages.numel():

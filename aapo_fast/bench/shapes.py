@@ -113,20 +113,20 @@ def entropy_of(distribution: str) -> float | None:
     return float(distribution.removesuffix(NATS)) if distribution.endswith(NATS) else None
 
 
-def check_names(option: str, given: Iterable[str], known: Iterable[str]) -> None:
+def check_names(option: str, given: Iterable[str], known: Iterable[str], more: str = "") -> None:
     """Refuse the first name that is not known, and suggest the nearest."""
     known = list(known)
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" (is it {near[0]}?)" if near else ""
-            raise UserError(f"{option} {name!r} is unknown{hint}; use one of {', '.join(known)}")
+            raise UserError(f"{option} {name!r} is unknown{hint}; use one of {', '.join(known)}{more}")
 
 
 def _parse_distribution(text: str) -> str:
     if re.fullmatch(r"\d+(\.\d+)?", text):
         return f"{float(text):g}{NATS}"
-    check_names("--distribution", [text], [*DISTRIBUTIONS, "a mean entropy in nats"])
+    check_names("--distribution", [text], DISTRIBUTIONS, "; or a mean entropy in nats")
     return text
 
 

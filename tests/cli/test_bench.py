@@ -72,6 +72,10 @@ def test_list_says_what_can_run(capsys):
         (["head", "--method", "naive:torch"], "only ours"),
         (["head", "--dtype", "int8"], "--dtype 'int8' is unknown; use one of float32"),
         (["head", "--distribution", "spiky"], "--distribution 'spiky' is unknown"),
+        (
+            ["head", "--distribution", "a mean entropy in nats"],
+            "is unknown; use one of model-like, peaked, flat; or a mean",
+        ),
         (["head", "--distribution", "11"], "--distribution 11: rows of smollm2-135m are made with 0.1 to 10.3 nats"),
         (["head", "--shape", "gemma-2-2b", "--distribution", "3"], "rows of gemma-2-2b are made with 0.1 to 2.5 nats"),
         (["head", "--rounds", "0"], "--rounds 0: give a number above zero"),

@@ -232,8 +232,9 @@ def test_what_is_not_finite_is_not_hidden(poison, implementation, backward):
     assert not out.loss.isfinite() and not dx.isfinite().all() and not dw.isfinite().all()
 
 
+@pytest.mark.parametrize("lead", [0.0, 40.0, 60.0])
 @pytest.mark.parametrize("implementation", ["torch", "native"])
-def test_gradient_rows_hold_no_subnormal_numbers(implementation, monkeypatch):
+def test_gradient_rows_hold_no_subnormal_numbers(implementation, lead, monkeypatch):
     """Products of them take a processor a hundred times as long, and a confident model's dust would be full of them."""
     if implementation not in IMPLEMENTATIONS:
         pytest.skip("the native kernels are not built here")
@@ -246,6 +247,10 @@ def test_gradient_rows_hold_no_subnormal_numbers(implementation, monkeypatch):
     into = products.Products.hidden_gradient
     monkeypatch.setattr(products.Products, "hidden_gradient", looked_at)
     hidden, weight, targets, _ = problem(40, 16, 5003, dtype=torch.float32, scale=8.0)
+    with torch.no_grad():
+        if lead:  # the token that is nearly certain is the target
+            targets[:] = (hidden @ weight.t()).argmax(1)
+            hidden += lead * weight[targets] / weight[targets].square().sum(1, keepdim=True)
     _, (dx, dw) = run(implementation, (hidden, weight, targets, None), af.SFT(1e5))
     z = hidden.detach().double() @ weight.detach().double().t()
     assert ((z - z.logsumexp(1, keepdim=True)) < -90).double().mean() > 0.1  # a subnormal probability
@@ -253,7 +258,7 @@ def test_gradient_rows_hold_no_subnormal_numbers(implementation, monkeypatch):
     assert len(d) == 40 and ((d > 0) & (d < 2.0**-126)).sum() == 0 and (d == 0).double().mean() > 0.1
     wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     _, truth = run("reference", (*wide, targets, None), af.SFT(1e5))
-    assert relative(dx, truth[0]) < 2e-6 and relative(dw, truth[1]) < 2e-6
+    assert relative(dx, truth[0]) < 2e-5 and relative(dw, truth[1]) < 2e-5
 
 
 def test_an_objective_may_write_on_what_it_is_given():

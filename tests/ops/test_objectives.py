@@ -1,12 +1,16 @@
 """Objectives as users build them: in any dtype, subclassed, wrapped, far from the policy that sampled."""
 
+import dataclasses
+
 import pytest
 import support
 import torch
 from op_support import problem, relative, run, sequences
+from torch._dynamo.testing import CompileCounter
 
 import aapo_fast as af
 from aapo_fast.ops import dispatch
+from aapo_fast.ops.linear_policy import runs
 
 IMPLEMENTATIONS = [c.name for c in dispatch.survey(torch.device("cpu")) if c.available and c.name != "reference"]
 KINDS = {"AAPO": af.AAPO, "GRPO": af.GRPO, "SFT": lambda a, i, n: af.SFT(n, a[i])}
@@ -87,6 +91,45 @@ def test_a_subclass_may_have_other_advantages(implementation):
     truth, true_grads = run("reference", inputs, objective)
     assert relative(out.loss, truth.loss) < 1e-6
     assert all(relative(a, b) < 2e-6 for a, b in zip(grads, true_grads, strict=True))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AnotherBound(af.AAPO):
+    """With another default, and no other loss."""
+
+    max_ratio: float = 5.0
+
+
+def test_a_subclass_with_another_default_is_linear_still():
+    objective = AnotherBound(torch.ones(4), torch.arange(12) // 3, 12.0)
+    assert runs._linear_weights(objective) is not None
+    assert runs._linear_weights(EverySecondToken(torch.ones(4), torch.arange(12) // 3, 12.0)) is None
+
+
+def test_a_regularized_objective_says_what_is_wrong_with_its_rows():
+    class Half:
+        def active(self):
+            return [True] * 12
+
+        def __call__(self, tokens):
+            return -tokens.logps
+
+    with pytest.raises(ValueError, match=r"active\(\) gave a list; give an \(N,\) bool tensor"):
+        run("torch", problem(12, 8, 50), af.Regularized(Half(), 12.0))
+
+
+def test_numbers_of_sequences_that_change_do_not_recompile_elsewhere_either():
+    """Where the host cannot look at indices; the meta device stands for a GPU."""
+    counter = CompileCounter()
+    torch._dynamo.reset()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def rows(advantages, index):
+        return af.AAPO(advantages, index, 12.0).active()
+
+    for number in (4, 5, 6, 9, 12, 17):
+        rows(torch.ones(number, device="meta"), torch.zeros(12, dtype=torch.int64, device="meta"))
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("kind", [af.GRPO, af.CISPO, af.REINFORCE])

@@ -113,7 +113,8 @@ def linear_policy_loss(
         objective: ``AAPO``, ``GRPO``, ``CISPO``, ``REINFORCE``, ``SFT``, one of them ``Regularized``, or any callable
             from ``Tokens`` to (C,) losses. The vectors of a dataclass may be on the CPU, whatever ``hidden`` is on
             (under ``torch.compile`` of those that stay in one visit: ``aapo_fast.objectives``).
-        bias: (V,) or None. As a target, a token that a bias of -inf rules out has the log-probability -1e30.
+        bias: (V,) or None. One of -inf rules a token out: as a target it has the log-probability -1e30 (-inf by
+            "reference"). Under a soft-cap, which makes it finite, it does not.
         temperature: the logits are divided by it; use the sampling temperature. A number, or (N,) one a row.
         softcap: c of the final soft-capping ``c tanh(x / c)``, or None.
         logit_scale: a factor on the products, before the soft-cap (Cohere, Granite).

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aapo_fast.objectives import Objective
+from aapo_fast.objectives import Objective, active_rows
 from aapo_fast.ops.linear_policy import runs
 from aapo_fast.ops.linear_policy.chunked import Call, Gradients, Pass
 from aapo_fast.ops.linear_policy.memory import new_gradient
@@ -80,10 +80,11 @@ class _PolicyLoss(torch.autograd.Function):
         # gradient divided by many tokens would already have vanished.
         saved = (d_hidden, d_weight, d_bias)
         found = [scaled(g, d_loss, t, ctx.implementation) for g, t in zip(saved, ctx.dtypes, strict=True)]
+        if found[0] is not None:
+            found[0] = scattered(found[0], rows, ctx.num_rows, 0.0)
         if torch._C._autograd._get_current_graph_task_keep_graph():  # what is kept is not the caller's to write on
             found = [g.clone() if g is not None and g is kept else g for g, kept in zip(found, saved, strict=True)]
         d_hidden, d_weight, d_bias = found
-        d_hidden = None if d_hidden is None else scattered(d_hidden, rows, ctx.num_rows, 0.0)
         return d_hidden, d_weight, d_bias, None, None, None, None
 
 
@@ -186,16 +187,6 @@ def rows_to_visit(targets: Tensor, mask: Tensor | None, call: Call) -> Tensor | 
         keep = keep & mask
     rows = keep.nonzero().squeeze(1)
     return None if rows.numel() == targets.numel() else rows
-
-
-def active_rows(objective: Objective | None) -> Tensor | None:
-    """(N,) bool: rows that have a loss at all; None is all."""
-    active = getattr(objective, "active", None)
-    mask: Tensor | None = active() if active is not None else None
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
-        got = mask.dtype if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-        raise ValueError(f"the objective's active() gave {got}; give an (N,) bool tensor, or None for all rows")
-    return mask
 
 
 def objective_on_device(objective: Any, device: torch.device) -> Any:

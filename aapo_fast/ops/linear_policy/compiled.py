@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aapo_fast.objectives import Objective, Tokens
+from aapo_fast.objectives import Objective, Tokens, active_rows
 from aapo_fast.ops.linear_policy import autograd, checks
 from aapo_fast.ops.linear_policy.chunked import Call
 from aapo_fast.ops.linear_policy.statistics import SparseProduct, Transform, compute_dtype
@@ -55,7 +55,7 @@ def logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
 
 def _live_and_visited(targets: Tensor, objective: Objective, call: Call) -> tuple[Tensor, Tensor]:
     """(N,) bool: rows that have a loss, and rows whose log-probability is given."""
-    has_target, mask = targets != autograd.IGNORE_INDEX, autograd.active_rows(objective)
+    has_target, mask = targets != autograd.IGNORE_INDEX, active_rows(objective)
     live = has_target if mask is None else has_target & mask.to(targets.device)
     return live, live if call.drop_rows else has_target
 

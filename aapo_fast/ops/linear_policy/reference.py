@@ -7,10 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from aapo_fast.objectives import Objective, Tokens
+from aapo_fast.objectives import Objective, Tokens, active_rows
 from aapo_fast.ops.linear_policy.autograd import (
     IGNORE_INDEX,
-    active_rows,
     objective_on_device,
     rows_to_visit,
     scattered,

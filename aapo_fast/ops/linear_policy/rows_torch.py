@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -27,9 +25,9 @@ LEFT_OUT = -1e30
 """Stands for a logit of minus infinity, without the NaN of 0 * inf."""
 
 
-SMALLEST = math.exp(-55.0)
-"""An exponential that is less, of the largest of its row, is zero on a CPU: it changes no sum of fp32 numbers, but
-divided by the tokens of a step it would be subnormal, and products of such take a hundred times as long."""
+SMALLEST = 1e-30
+"""An entry of a gradient row that is less is zero on a CPU: no sum of fp32 numbers sees it. A confident model's dust
+goes down to subnormal numbers, products of which take a processor a hundred times as long."""
 
 
 class TorchRows:
@@ -66,8 +64,6 @@ class TorchRows:
         row_max = self._row_max = z.amax(1)
         shifted = z.sub_(row_max[:, None])
         exps = torch.exp(shifted, out=self._exps[: z.shape[0], : z.shape[1]])
-        if not exps.is_cuda:
-            torch.threshold_(exps, SMALLEST, 0.0)  # which leaves NaN as it is
         return Partials(row_max, exps.sum(1), torch.linalg.vecdot(exps, shifted), at_target)
 
     def finish(self, partials: Partials) -> RowStatistics:
@@ -96,6 +92,8 @@ class TorchRows:
             d = shifted.mul_(-b[:, None]).add_((on_every - b * offset)[:, None]).mul_(exps).mul_(share)
         if transform.softcap is not None and self._slopes is not None:
             d.mul_(self._slopes[: d.shape[0]])
+        if not d.is_cuda:
+            torch.hardshrink(d, SMALLEST, out=d)  # which leaves NaN as it is
         if out.data_ptr() != d.data_ptr():
             out.copy_(d)
 

@@ -88,8 +88,11 @@ def _linear_weights(objective: Objective) -> LinearWeights | None:
     if promised is None:
         return None
     known = {name for name in dir(lines[promised]) if not name.startswith("__")} - {"active", "num_rows"} | {"__call__"}
-    if any(known & vars(kind).keys() for kind in lines[:promised]):
-        return None
+    fields = getattr(lines[promised], "__dataclass_fields__", {})
+    for kind in lines[:promised]:
+        own = known & vars(kind).keys()
+        if any(name not in fields or isinstance(vars(kind)[name], property) for name in own):  # and no new default
+            return None
     found: LinearWeights | None = objective.linear()  # type: ignore[attr-defined]
     return found
 
