@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from aapo_fast.trainer.setup import check_lengths, sampling_params
 from aapo_fast.types import Problem, RolloutEngine, UserError
 
 FOLDER = "evals"
-REFUSED_BY_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 METHOD = f"{CONFIDENCE:.0%} percentile bootstrap over problems, {RESAMPLES} resamples"
 
 
@@ -85,8 +83,7 @@ def _run(name: str, benchmark: Benchmark, engine: RolloutEngine, scorer: Scorer,
     total, missing = len(benchmark.problems), benchmark.missing()
     there = f", {total - missing} of them there already" if missing < total else ""
     display.note(f"{name}: {total} problems{there}; completions are kept in {benchmark.file}")
-    with _written(benchmark.file):
-        summary = benchmark.run(engine, scorer, lambda what: display.progress(f"{name}, {what}"))
+    summary = benchmark.run(engine, scorer, lambda what: display.progress(f"{name}, {what}"))
     config = benchmark.config
     result = {
         "name": name,
@@ -103,22 +100,13 @@ def _run(name: str, benchmark: Benchmark, engine: RolloutEngine, scorer: Scorer,
     }
     text = json.dumps(result, indent=2, default=str, ensure_ascii=False)
     file = benchmark.file.with_suffix(".json")
-    with _written(file):
-        file.write_text(text + "\n", encoding="utf-8")
-    return summary
-
-
-@contextmanager
-def _written(file: Path) -> Iterator[None]:
-    """Raises what the disk refuses as UserError."""
     try:
-        yield
+        file.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        if error.errno not in REFUSED_BY_DISK:  # a connection that was lost, say
-            raise
         raise UserError(
-            f"{file} cannot be written: {error.strerror}; make room, and give the command again, which draws the rest"
+            f"{file} cannot be written: {error.strerror or error}; make room, and give the command again"
         ) from error
+    return summary
 
 
 def _show(

@@ -166,11 +166,6 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                 raise DataError(f"{path.name} line {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise DataError(f"{path.name} line {number} is a JSON {type(row).__name__}; give an object a line")
-            if b"\\u" in line:  # half a surrogate pair is JSON, but no text to a tokenizer, nor in our own files
-                try:
-                    json.dumps(row, ensure_ascii=False).encode()
-                except UnicodeEncodeError as error:
-                    raise DataError(f"{path.name} line {number} has a character that is no Unicode: {error}") from error
             yield f"{path.name} line {number}", row
 
 
@@ -200,7 +195,10 @@ def _problem(config: DataConfig, tokenizer: Any, row: str, columns: Mapping[str,
         )
     try:
         text = config.template.format_map(columns)
-        text.encode()  # what of the command line is not UTF-8 is no text to a tokenizer
+        # Half a surrogate pair, in JSON or from the command line, is no text to a tokenizer, nor in our own files.
+        f"{text}{columns.get(config.answer_column)}".encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{row}, in data.template, has a character that is no Unicode: {error}") from error
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise DataError(
             f"{row} does not fit data.template={config.template!r}: {error!r}; it has {_names(columns)}"

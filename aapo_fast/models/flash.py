@@ -82,6 +82,8 @@ def broken_packages() -> list[str]:
             found.append(str(error))
         except UserError:
             continue
+        else:
+            break
     return found
 
 

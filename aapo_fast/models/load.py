@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import pickle
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -242,4 +243,5 @@ def _convert_gguf(file: Path, folder: Path) -> None:
             (Path(scratch) / folder.name).rename(folder)
         except OSError:
             if not (folder / "config.json").exists():  # else another process was faster, and may be reading its own
-                raise
+                shutil.rmtree(folder)
+                (Path(scratch) / folder.name).rename(folder)

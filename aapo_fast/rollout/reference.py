@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import sqlite3
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,9 @@ Draw = Callable[[Sequence[Problem], Sequence[int]], list[list[float]]]
 """(problems, seeds) -> K rewards each; NaN is a missing reward."""
 
 FORMAT_VERSION = 1
+
+TRIES_TO_LEAVE_LOG = 50
+"""Of a tenth of a second each."""
 
 
 class ReferenceCache:
@@ -56,8 +60,7 @@ class ReferenceCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=60.0, isolation_level=None)
-            # Not a write-ahead log, whose shared memory does not reach the other machines of a network disk.
-            self._db.execute("PRAGMA journal_mode=DELETE")
+            _leave_write_ahead_log(self._db)
             found = self._db.execute("PRAGMA user_version").fetchone()[0]
             if found not in (0, FORMAT_VERSION):
                 raise UserError(f"reference.cache={path} has format {found}, want {FORMAT_VERSION}; name another file")
@@ -125,3 +128,15 @@ class ReferenceCache:
     def _key(self, problem: Problem) -> str:
         content = json.dumps([self._common, list(problem.prompt_ids), problem.prompt, repr(dict(problem.columns))])
         return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _leave_write_ahead_log(db: sqlite3.Connection) -> None:
+    """Its shared memory does not reach the other machines of a network disk. A file of an earlier version has one, and
+    keeps it while another process has it open: that cannot be waited for, and does no harm on one machine.
+    """
+    for _ in range(TRIES_TO_LEAVE_LOG):
+        try:
+            db.execute("PRAGMA journal_mode=DELETE")
+            return
+        except sqlite3.OperationalError:  # SQLite's own time limit does not count here
+            time.sleep(0.1)

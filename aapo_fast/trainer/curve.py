@@ -64,8 +64,12 @@ def plot_run(folder: Path) -> Path:
     seconds.legend(fontsize="small")
 
     path = folder / CURVE
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        pyplot.close(figure)
     return path
 
 

@@ -21,7 +21,7 @@ from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.engine import max_logprob_gap, samples_are_compared
 from aapo_fast.trainer.evaluate import Evaluation
 from aapo_fast.trainer.ranks import ONE, AnyRank, Ranks
-from aapo_fast.trainer.records import CURVE, MODEL, NONFINITE, SUMMARY, Clock
+from aapo_fast.trainer.records import MODEL, NONFINITE, SUMMARY, Clock
 from aapo_fast.trainer.report import Step, Totals, evaluate_held_out, report_step, summarise
 from aapo_fast.trainer.resume import finished_summary
 from aapo_fast.trainer.sampling import before_the_first_step, reference_rewards, score, verify_engine
@@ -102,8 +102,8 @@ def _save(run: Run, totals: Totals) -> None:
 def _plot(run: Run) -> None:
     try:
         plot_run(run.folder.path)
-    except OSError as error:  # everything else is there
-        run.display.note(f"{run.folder.path / CURVE} cannot be written: {error.strerror or error}")
+    except UserError as error:  # everything else is there
+        run.display.note(str(error))
 
 
 def _steps(run: Run, totals: Totals, rollouts: Rollouts, stop: threading.Event) -> Iterator[int]:

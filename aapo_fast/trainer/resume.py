@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from aapo_fast.config import Config, ConfigError, flatten, parse
+from aapo_fast.config import Config, ConfigError, flatten
+from aapo_fast.config.build import build
 from aapo_fast.data.tasks import Problems
 from aapo_fast.trainer.checkpoint import Checkpoint, CheckpointError, clear_unfinished, read, steps_written
 from aapo_fast.trainer.ranks import Ranks
@@ -93,6 +94,18 @@ def find_checkpoint(config: Config, note: Callable[[str], None]) -> Checkpoint |
     return None
 
 
+def repeats(config: Config) -> bool:
+    """Whether the folder's config is of this run, which is to be resumed: without a checkpoint it begins anew, and the
+    model, saved at an error, stays until there is another.
+    """
+    path = Path(config.run.folder) / CONFIG
+    try:
+        before = _config(json.loads(path.read_text(encoding="utf-8")), path)
+    except (OSError, ValueError, CheckpointError):
+        return False
+    return config.run.resume and not _decisive_changes(before, config)
+
+
 def identify(model: str, problems: Problems, rewards: str) -> dict[str, str]:
     """Digests of what the config only names, by the key that names it.
 
@@ -156,7 +169,7 @@ def _is_the_same_run(config: Config) -> bool:
 
 def _config(tree: dict[str, Any], path: Path) -> Config:
     try:
-        return parse(tree)
+        return build(Config, tree)  # unchecked: what is refused today may have run then
     except ConfigError as error:  # an option that is no more
         raise CheckpointError(f"{path} was written by another version of aapo-fast: {error}") from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,8 +24,8 @@ from aapo_fast.trainer.display import Display
 from aapo_fast.trainer.engine import engine_version, make_engine
 from aapo_fast.trainer.policy import Policy, resolve_device
 from aapo_fast.trainer.ranks import ONE, Ranks
-from aapo_fast.trainer.records import CONFIG, RunFolder, flatten, only_process, replaced_in, without_nan
-from aapo_fast.trainer.resume import UNSAID, check_identity, check_same_on_all, find_checkpoint, identify
+from aapo_fast.trainer.records import RunFolder, only_process, replaced_in
+from aapo_fast.trainer.resume import check_identity, check_same_on_all, find_checkpoint, identify, repeats
 from aapo_fast.trainer.shared import SharedCache, share_cache, share_engine, share_folder, share_policy, share_scorer
 from aapo_fast.trainer.step import make_optimizer
 from aapo_fast.types import DataError, Problem, RolloutEngine, SamplingParams
@@ -160,10 +159,16 @@ def check_folder(config: Config) -> None:
     """Raises ConfigError where the run would replace in its folder what it is made from, or has none."""
     if not config.run.folder:
         raise ConfigError("run.folder is empty; name a folder, which the run makes")
-    folder = Path(config.run.folder).resolve()
-    replaced = [path.resolve() for path in replaced_in(folder)]
+    try:
+        folder = Path(config.run.folder).resolve()
+        replaced = [path.resolve() for path in replaced_in(folder)]
+    except (OSError, ValueError, RuntimeError) as error:  # links in a circle, a name that no system takes
+        raise ConfigError(f"run.folder={config.run.folder!r} cannot be a folder: {error}; name another") from error
     for key, value in (("model.path", config.model.path), ("data.source", config.data.source.removeprefix(HUB))):
-        source = Path(value).resolve()
+        try:
+            source = Path(value).resolve()
+        except (OSError, ValueError, RuntimeError):  # no path: what loads it has the words
+            continue
         if os.path.exists(source) and (source == folder or any(source.is_relative_to(path) for path in replaced)):
             raise ConfigError(
                 f"run.folder={config.run.folder!r}: the run would replace {key}={value!r} in it; name another folder"
@@ -186,21 +191,6 @@ def open_folder(config: Config, resumed: Checkpoint | None) -> RunFolder:
         tensorboard=config.run.tensorboard,
         resumed_step=resumed.step if resumed else None,
     )
-
-
-def repeats(config: Config) -> bool:
-    """Whether the folder's run was of this config and is to be resumed. One that has no checkpoint begins anew, and its
-    model, saved at an error, stays until there is another.
-    """
-    if not (config.run.resume and config.run.overwrite):
-        return config.run.resume  # ``find_checkpoint`` has refused any other run
-    try:
-        before = json.loads((Path(config.run.folder) / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    now = json.loads(json.dumps(without_nan(to_dict(config)), default=str))
-    old, new = ({k: v for k, v in flatten(t).items() if k.replace("/", ".") not in UNSAID} for t in (before, now))
-    return bool(old == new)
 
 
 def sampling_params(config: Config) -> SamplingParams:

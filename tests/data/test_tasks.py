@@ -150,14 +150,14 @@ def test_a_task_that_fails_at_a_problem_names_it():
         (
             r'{"question": "a\ud800", "answer": "b"}',
             "{question}",
-            "rows.jsonl line 1 has a character that is no Unicode",
+            "rows.jsonl line 1, in data.template, has a character that is no Unicode",
         ),
         (
             r'{"question": "a", "answer": "\udfff"}',
             "{question}",
-            "rows.jsonl line 1 has a character that is no Unicode",
+            "rows.jsonl line 1, in data.template, has a character that is no Unicode",
         ),
-        (r'{"question": "a", "answer": "b"}', "\udcff", r"rows.jsonl line 1 does not fit data.template='\udcff': "),
+        (r'{"question": "a", "answer": "b"}', "\udcff", "rows.jsonl line 1, in data.template, has a character"),
     ],
 )
 def test_half_a_surrogate_pair_is_no_text(tmp_path, text, template, message):
@@ -166,6 +166,12 @@ def test_half_a_surrogate_pair_is_no_text(tmp_path, text, template, message):
     with pytest.raises(DataError) as refusal:
         load(source=str(tmp_path / "rows.jsonl"), template=template)
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_half_a_surrogate_pair_in_a_column_that_nobody_reads_is_nobodys_business(tmp_path):
+    rows = [rf'{{"question": "{i}", "answer": "b", "source": "cut \ud83d"}}' for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    assert load(source=str(tmp_path / "rows.jsonl"), template="{question}").train
 
 
 def test_surrogate_pairs_are_a_character(tmp_path):

@@ -120,6 +120,9 @@ def test_a_reward_beyond_float32_is_a_missing_one():
             score = s.score(support.problem(value=f"[{value}]"), "x")
             assert math.isnan(score.reward) and f"returned {value}, no finite number in float32" in score.failure
         assert s.score(support.problem(value="3.4e38"), "x").reward == 3.4e38
+    with scorer("reward_functions:gives_what_it_is_told", weight=10.0) as s:
+        score = s.score(support.problem(value="3.4e38"), "x")
+        assert math.isnan(score.reward) and "3.4e+39 in all are beyond float32" in score.failure
 
 
 def test_a_reward_that_forks_and_returns_twice_answers_once():

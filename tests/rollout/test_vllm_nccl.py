@@ -128,6 +128,19 @@ def test_a_sender_that_fails_says_why_and_is_made_anew(senders, transport, where
     assert senders.made == [client.url] * 2 and senders.sent == [(client.url, NAMES)]
 
 
+def test_a_later_transfer_that_fails_leaves_no_communicator(senders, transport):
+    client = client_of("failing")
+    transport.load(client, "policy-1")
+
+    def fail():
+        raise RuntimeError("NCCL error: remote process exited")
+
+    senders.doing = {(client.url, "send_weights"): fail}
+    with pytest.raises(ServerError, match="remote process exited"):
+        transport.load(client, "policy-1")
+    assert senders.shut == [client.url] and not transport._senders
+
+
 class Process:
     """In the place of a server of ours: every start has another port."""
 

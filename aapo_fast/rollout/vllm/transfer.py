@@ -57,7 +57,12 @@ class NCCLTransport(_GPUTransport):
         """
         with self._turn:  # the limit is that of this transfer, without the wait for those before it
             sender = self._senders.pop(client, None)
-            self._senders[client] = self._within_limit(client, sender, self._published[name])
+            try:
+                self._senders[client] = self._within_limit(client, sender, self._published[name])
+            except ServerError:
+                if sender is not None:
+                    sender.shutdown()
+                raise
 
     def _within_limit(self, client: ServerClient, sender: Any, tensors: list[tuple[str, Tensor]]) -> Any:
         """The sender that sent them: ``sender``, or a new one for None."""
