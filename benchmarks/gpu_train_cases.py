@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from aapo_fast.bench import inputs, methods, results
+from aapo_fast.bench.shapes import MODEL_ENTROPY
 from aapo_fast.config import LossConfig
 from aapo_fast.data.packing import Weighted
 from aapo_fast.models import attention
@@ -156,7 +157,8 @@ def make_case(policy: Policy, shape: Shape) -> tuple[Case, dict[str, Any]]:
     generator = torch.Generator(policy.device).manual_seed(0)
     gradient = torch.randn(hidden.shape, generator=generator, device=policy.device).div_(case.num_tokens)
     gradient = gradient.to(hidden.dtype)
-    scale = inputs._scale_for_entropy(hidden[: inputs.PROBE_ROWS].float() @ weight.float().t())
+    probe = hidden[: inputs.PROBE_ROWS].float() @ weight.float().t()
+    scale = inputs._scale_for_entropy(MODEL_ENTROPY, probe)
     policy.decoder.norm.weight.mul_(scale)
     hidden = (hidden * scale).bfloat16()
     targets = torch.cat([inputs._draw(z, generator) for _, z in inputs.logit_blocks(hidden, weight, None)])

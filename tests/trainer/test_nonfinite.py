@@ -1,5 +1,6 @@
 """Losses and gradients that are not finite, of real models and rewards: the step is skipped, its samples are kept."""
 
+import json
 import math
 
 import pytest
@@ -108,6 +109,7 @@ def test_weights_that_have_diverged_stop_the_run_before_it_samples(tmp_path, tin
 def test_what_an_earlier_run_skipped_is_replaced_with_it(tmp_path, tiny_model):
     tree = make_tree(tmp_path, tiny_model, train__steps=1)
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(tree))
     (tmp_path / "run" / "nonfinite.jsonl").write_text("{}\n")
     run(tree, run={"overwrite": True})
     assert not (tmp_path / "run" / "nonfinite.jsonl").exists()
