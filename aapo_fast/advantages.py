@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from aapo_fast.objectives import is_number
 from aapo_fast.ops import dispatch
 from aapo_fast.ops.group_advantages import LARGEST_GROUP, group_advantages
 
@@ -51,10 +52,10 @@ def aapo_advantages(
         if values is not None and (not isinstance(values, Tensor) or values.is_complex()):
             what = values.dtype if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(f"{name} is a {what}; give a torch.Tensor of real numbers")
-    if not _is(group_size, numbers.Integral):
+    if not is_number(group_size, numbers.Integral):
         raise ValueError(f"group_size={group_size!r}; give an int, the sequences of a group")
     for name, bound in (("delta_low", delta_low), ("delta_high", delta_high)):
-        if not _is(bound, numbers.Real):
+        if not is_number(bound):
             raise ValueError(f"{name}={bound!r}; give a number, in units of reward")
     if rewards.ndim != 1 or group_size < 1 or rewards.numel() % group_size:
         raise ValueError(
@@ -91,11 +92,6 @@ def aapo_advantages(
         # NaN survives clamp and becomes "no momentum" here.
         advantages = advantages + gap.clamp(delta_low, delta_high).nan_to_num(nan=0.0)
     return advantages.reshape(-1).float()
-
-
-def _is(value: object, kind: type) -> bool:
-    """``isinstance`` for the abstract numbers, which NumPy's belong to and the type checker does not know."""
-    return isinstance(value, kind)
 
 
 def _in_one_kernel(rewards: Tensor, group_size: int) -> bool:

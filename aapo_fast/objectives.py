@@ -37,6 +37,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from aapo_fast.transfer import to_device
+
 
 class Tokens(NamedTuple):
     """What an objective sees of a chunk of C tokens. All but ``rows`` are differentiable.
@@ -130,7 +132,7 @@ class REINFORCE(_OfSequences):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_rows(type(self).__name__, "rollout_logps", self.rollout_logps, self.sequence_index)
-        if not (_is_real(self.max_ratio) and self.max_ratio > 0):
+        if not (is_number(self.max_ratio) and self.max_ratio > 0):
             raise ValueError(f"{type(self).__name__}: max_ratio={self.max_ratio!r}; it must be a positive number")
 
     def linear(self) -> LinearWeights | None:
@@ -286,7 +288,7 @@ class Regularized:
         if getattr(type(self.objective), "active", None) not in (_OfSequences.active, SFT.active):
             mask = active_rows(self.objective)
             if mask is not None:
-                losses = losses.where(_sent(mask, tokens.rows.device)[tokens.rows], 0.0)
+                losses = losses.where(to_device(mask, tokens.rows.device)[tokens.rows], 0.0)
         if self.entropy_bonus:
             losses = losses - (self.entropy_bonus / self.num_tokens) * tokens.entropy
         if self.z_loss:
@@ -304,19 +306,13 @@ def active_rows(objective: Objective | None) -> Tensor | None:
     return mask
 
 
-def _sent(mask: Tensor, device: torch.device) -> Tensor:
-    """To a GPU from pinned memory, which does not make the host wait."""
-    if device.type == "cuda" and mask.device.type == "cpu":
-        mask = mask.pin_memory()
-    return mask.to(device, non_blocking=True)
-
-
 def _at_least_fp32(values: Tensor) -> Tensor:
     return values if values.itemsize >= 4 else values.float()
 
 
-def _is_real(value: object) -> bool:
-    return isinstance(value, numbers.Real)
+def is_number(value: object, kind: type = numbers.Real) -> bool:
+    """``isinstance`` for the abstract numbers, which NumPy's belong to and the type checker does not know."""
+    return isinstance(value, kind)
 
 
 def _check_tensor(name: str, field: str, values: object) -> None:
@@ -343,7 +339,7 @@ def _check_num_tokens(name: str, num_tokens: Any) -> None:
 
 
 def _check_clip(name: str, low: float, high: float) -> None:
-    if not (_is_real(low) and _is_real(high) and 0 <= low <= 1 and high >= 0):
+    if not (is_number(low) and is_number(high) and 0 <= low <= 1 and high >= 0):
         raise ValueError(
             f"{name}: clip_low={low!r}, clip_high={high!r}; clip_low must lie in [0, 1], clip_high be at least 0"
         )

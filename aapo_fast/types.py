@@ -26,6 +26,11 @@ class DataError(UserError):
     """The data set is at fault: a row without an answer, an answer that cannot be parsed."""
 
 
+def first_line(error: Exception) -> str:
+    """Of what an error says; of its own name where that is nothing."""
+    return (str(error).strip().splitlines() or [repr(error)])[0]
+
+
 @dataclass(frozen=True)
 class Problem:
     """One prompt with what its rewards need.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aapo_fast.config import Config, ConfigError, LoraConfig
-from aapo_fast.data.tasks import Problems, load_all, load_held_out
+from aapo_fast.data.tasks import load_all, load_held_out
 from aapo_fast.models.load import max_positions
 from aapo_fast.rewards.scorer import Scorer
 from aapo_fast.trainer.benchmark import Benchmark, Summary, as_json, identify
@@ -48,7 +48,7 @@ def evaluate(configs: Mapping[str, Config], every_row: bool, output: Path | None
     load = load_all if every_row else load_held_out
     problems = {name: load(config.data, policy.tokenizer) for name, config in configs.items()}
     for name, config in configs.items():
-        check_lengths(Problems([], problems[name]), max_positions(policy.model), config.rollout.max_tokens)
+        check_lengths(problems[name], max_positions(policy.model), config.rollout.max_tokens)
     with ExitStack() as stack:
         scorers = {name: stack.enter_context(Scorer(c.rewards, c.scoring)) for name, c in configs.items()}
         for name, scorer in scorers.items():

@@ -17,6 +17,8 @@ MAX_SECONDS = 1_000_000
 
 def check(c: Config) -> None:
     """Raises ConfigError: one line that names the key, the value and what would be right."""
+    if not -(2**63) <= c.run.seed < 2**64:
+        raise ConfigError(f"run.seed={c.run.seed} is more than PyTorch takes; give one of at most 64 bits")
     at_least = {
         "data.size": (c.data.size, 1),
         "data.held_out": (c.data.held_out, 0),

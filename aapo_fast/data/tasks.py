@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aapo_fast.config import DataConfig
-from aapo_fast.types import DataError, Problem
+from aapo_fast.types import DataError, Problem, first_line
 
 REASONING_GYM = "reasoning_gym:"
 HUB = "hub:"
@@ -117,14 +117,13 @@ def _reasoning_gym_rows(config: DataConfig, seed: int, what: str) -> Iterator[Ro
     try:
         dataset = reasoning_gym.create_dataset(task, size=max(size, 1), seed=seed * 1_000_003, **config.options)
     except (ValueError, TypeError, AssertionError) as error:
-        raise DataError(f"{_source(config)}: {_first_line(error)}") from error
+        raise DataError(f"{_source(config)}: {first_line(error)}") from error
     for index in range(size):
         try:
             entry = dataset[index]
         except Exception as error:  # the task's own code, and its checks of options see only some of them
             raise DataError(
-                f"{_source(config)}: {what} problem {index} cannot be made: {type(error).__name__}: "
-                f"{_first_line(error)}"
+                f"{_source(config)}: {what} problem {index} cannot be made: {type(error).__name__}: {first_line(error)}"
             ) from error
         metadata = {k: v for k, v in entry["metadata"].items() if k not in ("question", "answer")}
         yield f"{task} {what} problem {index}", {**metadata, **entry, "metadata": entry["metadata"]}
@@ -141,7 +140,7 @@ def _file_rows(source: str) -> Iterator[Row]:
             raise DataError(f"data.source={source!r} must end in .jsonl or .parquet")
         yield from kinds[path.suffix](path)
     except OSError as error:
-        raise DataError(f"data.source={source!r}: {path.name} cannot be read: {_first_line(error)}") from error
+        raise DataError(f"data.source={source!r}: {path.name} cannot be read: {first_line(error)}") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -150,7 +149,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path.name} cannot be read as parquet: {_first_line(error)}") from error
+        raise DataError(f"{path.name} cannot be read as parquet: {first_line(error)}") from error
     for index, row in enumerate(rows):
         yield f"{path.name} row {index + 1}", row
 
@@ -178,7 +177,7 @@ def _hub_rows(config: DataConfig) -> Iterator[Row]:
         dataset = datasets.load_dataset(name, **arguments)
     except Exception as error:  # the library raises a dozen kinds, its own and its transports'
         raise DataError(
-            f"{_source(config)}: {_first_line(error)} (without a network give a copy: hub:FOLDER, .parquet or .jsonl)"
+            f"{_source(config)}: {first_line(error)} (without a network give a copy: hub:FOLDER, .parquet or .jsonl)"
         ) from error
     for index, row in enumerate(dataset):
         yield f"{name} {arguments['split']} row {index}", dict(row)
@@ -224,7 +223,7 @@ def _in_chat_template(config: DataConfig, tokenizer: Any, row: str, text: str) -
         made: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program, which may refuse messages or fail
         raise DataError(
-            f"{row} does not fit the tokenizer's chat template: {_first_line(error)}; set data.chat_template=false"
+            f"{row} does not fit the tokenizer's chat template: {first_line(error)}; set data.chat_template=false"
             + (", or leave data.system_prompt empty" if system else "")
         ) from error
     return made
@@ -232,10 +231,6 @@ def _in_chat_template(config: DataConfig, tokenizer: Any, row: str, text: str) -
 
 def _source(config: DataConfig) -> str:
     return f"data.source={config.source!r} with data.options={config.options}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [repr(error)])[0]
 
 
 def _names(columns: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from aapo_fast.types import Ragged, UserError
+from aapo_fast.types import Ragged, UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,9 @@ def _package(name: str) -> Flash:
     try:
         (_, run, *_), _ = lazy_import_flash_attention(name)
     except Exception as error:  # built for another torch, say: what its import runs into is ImportError, and more
-        first_line = (str(error).strip().splitlines() or [""])[0]
         raise BrokenPackageError(
             f"model.attention={name!r}: flash-attn {name[-1]} is installed and cannot be loaded "
-            f"({type(error).__name__}: {first_line}); install it for torch {torch.__version__}, or remove it"
+            f"({type(error).__name__}: {first_line(error)}); install it for torch {torch.__version__}, or remove it"
         ) from error
     return partial(_by_package, run)
 

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from aapo_fast.models.head import find_head
+from aapo_fast.types import first_line
 
 
 def use_liger(model: Any) -> bool:
@@ -35,9 +36,8 @@ def _find() -> tuple[ModuleType | None, str]:
     try:
         from liger_kernel.transformers import monkey_patch
     except Exception as error:  # made for another Transformers or Triton, say
-        first_line = (str(error).strip().splitlines() or [""])[0]
         return None, (
             "model.liger='auto': liger-kernel is installed and cannot be loaded "
-            f"({type(error).__name__}: {first_line}); install another version, or remove it"
+            f"({type(error).__name__}: {first_line(error)}); install another version, or remove it"
         )
     return monkey_patch, ""

@@ -25,7 +25,7 @@ from aapo_fast.config import RewardConfig
 
 RewardFunction = Callable[..., Any]
 
-LARGEST = 3.4028234663852886e38
+LARGEST_REWARD = 3.4028234663852886e38
 """Of the float32 numbers that advantages are computed from; beyond, a reward would be infinite there."""
 
 
@@ -75,7 +75,7 @@ def call(
         value = math.nan
     if not math.isfinite(value):
         raise RewardError(f"returned {reprlib.repr(values[0])}, no finite number")
-    if abs(value) > LARGEST:
+    if abs(value) > LARGEST_REWARD:
         raise RewardError(f"returned {value}, no finite number in float32")
     return value
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, Pipe
 
 from aapo_fast.config import RewardConfig, ScoringConfig
-from aapo_fast.rewards.functions import LARGEST
+from aapo_fast.rewards.functions import LARGEST_REWARD
 from aapo_fast.types import DataError, Problem, Progress, UserError
 
 START_LIMIT_SECONDS = 120.0
@@ -119,7 +119,7 @@ class Scorer:
                 values.append(math.nan)
                 failure = failure or f"reward {reward.function} {answer}"
         total = sum(reward.weight * value for reward, value in zip(self.rewards, values, strict=True))
-        if abs(total) > LARGEST:  # advantages are computed in float32
+        if abs(total) > LARGEST_REWARD:  # advantages are computed in float32
             failure, total = f"rewards of {total:g} in all are beyond float32", math.nan
         return Score(total, tuple(values), failure)
 

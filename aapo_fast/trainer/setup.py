@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +69,6 @@ def prepare(config: Config, display: Display, ranks: Ranks = ONE) -> Iterator[Ru
     """
     check_offload(config)
     check_folder(config)
-    if not -(2**63) <= config.run.seed < 2**64:
-        raise ConfigError(f"run.seed={config.run.seed} is more than PyTorch takes; give one of at most 64 bits")
     torch.manual_seed(config.run.seed)
     with ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(only_process(Path(config.run.folder), display.note)))
@@ -97,7 +95,8 @@ def prepare(config: Config, display: Display, ranks: Ranks = ONE) -> Iterator[Ru
                 f"{policy.why_padded}"
             )
         problems = load_problems(config.data, policy.tokenizer, config.run.seed)
-        check_lengths(problems, max_positions(policy.model), config.rollout.max_tokens)
+        both = [*problems.train, *problems.held_out]
+        check_lengths(both, max_positions(policy.model), config.rollout.max_tokens)
         schedule = make_schedule(config, problems.train)
         if (draws := sum(map(len, schedule))) > (few := len(problems.train)):
             display.note(f"{few} training problems for {draws} draws: gone through {draws / few:.3g} times, reshuffled")
@@ -145,9 +144,9 @@ def passed_over(config: Config) -> list[str]:
     return found
 
 
-def check_lengths(problems: Problems, limit: float, max_tokens: int) -> None:
+def check_lengths(problems: Sequence[Problem], limit: float, max_tokens: int) -> None:
     """Raises DataError if the longest prompt and a completion are more tokens than the model has positions."""
-    longest = max((*problems.train, *problems.held_out), key=lambda problem: len(problem.prompt_ids))
+    longest = max(problems, key=lambda problem: len(problem.prompt_ids))
     if len(longest.prompt_ids) + max_tokens > limit:
         raise DataError(
             f"{longest.row} makes a prompt of {len(longest.prompt_ids)} tokens: with rollout.max_tokens={max_tokens} "

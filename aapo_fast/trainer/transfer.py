@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from aapo_fast.ops.transfer import to_device
+from aapo_fast.transfer import to_device
 
 Part = TypeVar("Part")
 

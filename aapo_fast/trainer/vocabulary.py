@@ -30,9 +30,9 @@ from torch.nn import functional
 
 from aapo_fast.models.head import Head
 from aapo_fast.ops.linear_policy import PolicyLoss, VocabularyShard
-from aapo_fast.ops.transfer import to_device
 from aapo_fast.trainer.policy import Policy
 from aapo_fast.trainer.ranks import Ranks, rows_a_rank
+from aapo_fast.transfer import to_device
 from aapo_fast.types import Batch, UserError
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import support
 import torch
-from op_support import problem, relative, run, sequences
+from op_support import FirstHalf, problem, relative, run, sequences
 from torch._dynamo.testing import CompileCounter
 
 import aapo_fast as af
@@ -59,13 +59,6 @@ def test_advantages_of_another_dtype_in_inductor(dtype):
 
 @pytest.mark.parametrize("implementation", ["torch", "reference"])
 def test_rows_that_an_objective_leaves_out_are_left_out_when_it_is_regularized(implementation):
-    class FirstHalf:
-        def active(self):
-            return torch.arange(12) < 6
-
-        def __call__(self, tokens):
-            return -tokens.logps
-
     inputs = problem(12, 8, 50)
     out, grads = run(implementation, inputs, FirstHalf())
     wrapped, others = run(implementation, inputs, af.Regularized(FirstHalf(), 1.0))
@@ -107,12 +100,9 @@ def test_a_subclass_with_another_default_is_linear_still():
 
 
 def test_a_regularized_objective_says_what_is_wrong_with_its_rows():
-    class Half:
+    class Half(FirstHalf):
         def active(self):
             return [True] * 12
-
-        def __call__(self, tokens):
-            return -tokens.logps
 
     with pytest.raises(ValueError, match=r"active\(\) gave a list; give an \(N,\) bool tensor"):
         run("torch", problem(12, 8, 50), af.Regularized(Half(), 12.0))

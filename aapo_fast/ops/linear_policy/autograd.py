@@ -18,7 +18,7 @@ from aapo_fast.ops.linear_policy import runs
 from aapo_fast.ops.linear_policy.chunked import Call, Gradients, Pass
 from aapo_fast.ops.linear_policy.memory import new_gradient
 from aapo_fast.ops.linear_policy.statistics import SparseProduct
-from aapo_fast.ops.transfer import to_device
+from aapo_fast.transfer import to_device
 
 IGNORE_INDEX = -100
 """A target with this value has no loss and no log-probability, as in ``torch.nn.functional.cross_entropy``."""

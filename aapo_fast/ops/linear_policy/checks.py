@@ -8,7 +8,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from aapo_fast.objectives import Objective
+from aapo_fast.objectives import Objective, is_number
 from aapo_fast.ops.linear_policy.autograd import IGNORE_INDEX
 from aapo_fast.ops.linear_policy.sharded import VocabularyShard, is_distributed
 
@@ -16,11 +16,6 @@ SMALLEST_THRESHOLD = 1e-30
 """Its reciprocal is a number, and no probability that matters is less."""
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def _is(value: object, kind: type) -> bool:
-    """``isinstance`` for the abstract numbers, which NumPy's belong to and the type checker does not know."""
-    return isinstance(value, kind)
 
 
 def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
@@ -74,7 +69,7 @@ def check_objective(objective: Objective, targets: Tensor) -> None:
 def check_temperature(temperature: float | Tensor, targets: Tensor) -> None:
     """A positive number, or one a row, which in a row without a target may be anything. Raises ValueError."""
     if not isinstance(temperature, Tensor):
-        if not (_is(temperature, numbers.Real) and 0 < temperature < math.inf):
+        if not (is_number(temperature) and 0 < temperature < math.inf):
             raise ValueError(f"temperature={temperature!r}; it divides the logits and must be positive and finite")
         return
     if temperature.shape != targets.shape or temperature.device != targets.device:
@@ -101,7 +96,7 @@ def check_numbers(
     for name, number, more in (("softcap", softcap, ", or None"), ("logit_scale", logit_scale, "")):
         if isinstance(number, Tensor):
             raise ValueError(f"{name} is a tensor, which would get no gradient here; give a positive number{more}")
-        positive = number is not None and _is(number, numbers.Real) and 0 < number < math.inf
+        positive = number is not None and is_number(number) and 0 < number < math.inf
         if not (positive or (number is None and more)):
             raise ValueError(f"{name}={number!r}; give a positive, finite number{more}")
     if backward not in ("exact", "sparse"):
@@ -110,11 +105,11 @@ def check_numbers(
         raise ValueError(
             "backward='sparse' is not for implementation='reference', which is the exact truth; use 'torch'"
         )
-    if not (_is(sparsity_threshold, numbers.Real) and SMALLEST_THRESHOLD <= sparsity_threshold <= 1):
+    if not (is_number(sparsity_threshold) and SMALLEST_THRESHOLD <= sparsity_threshold <= 1):
         raise ValueError(
             f"sparsity_threshold={sparsity_threshold!r} must lie in (0, 1], and not below {SMALLEST_THRESHOLD:g}"
         )
-    if not _is(seed, numbers.Integral):
+    if not is_number(seed, numbers.Integral):
         raise ValueError(f"seed={seed!r} must be an int")
 
 
@@ -141,7 +136,7 @@ def live_rows(vocab_size: int | None, num_rows: int, shard: VocabularyShard | No
         return live
     if vocab_size is None:
         return num_rows
-    if not (_is(vocab_size, numbers.Integral) and 0 < vocab_size <= num_rows):
+    if not (is_number(vocab_size, numbers.Integral) and 0 < vocab_size <= num_rows):
         raise ValueError(f"vocab_size={vocab_size!r}; weight has {num_rows} rows, give as many or fewer")
     return int(vocab_size)
 

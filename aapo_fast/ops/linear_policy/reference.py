@@ -16,7 +16,7 @@ from aapo_fast.ops.linear_policy.autograd import (
 )
 from aapo_fast.ops.linear_policy.chunked import Call
 from aapo_fast.ops.linear_policy.statistics import compute_dtype
-from aapo_fast.ops.transfer import to_device
+from aapo_fast.transfer import to_device
 
 
 def logprobs(

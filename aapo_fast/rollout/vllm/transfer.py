@@ -56,12 +56,11 @@ class NCCLTransport(_GPUTransport):
             ServerError: it took too long or failed. The group is given up; the server has to be restarted.
         """
         with self._turn:  # the limit is that of this transfer, without the wait for those before it
-            sender = self._senders.pop(client, None)
+            sender = self._senders.get(client)
             try:
                 self._senders[client] = self._within_limit(client, sender, self._published[name])
             except ServerError:
-                if sender is not None:
-                    sender.shutdown()
+                self.forget(client)
                 raise
 
     def _within_limit(self, client: ServerClient, sender: Any, tensors: list[tuple[str, Tensor]]) -> Any:

@@ -81,7 +81,8 @@ class FolderTransport:
             # Locked before it has its name: a trainer that starts just now would find an open lock.
             scratch = folder / f"{LOCK}-new"
             made._lock = _locked(scratch, "xb")
-            scratch.rename(folder / LOCK)
+            if made._lock is not None:
+                scratch.rename(folder / LOCK)
             return made
         except OSError as error:
             raise UserError(f"vllm.weights_folder={str(parent)!r} cannot be used: {error}") from error
