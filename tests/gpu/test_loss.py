@@ -18,7 +18,7 @@ from op_support import relative
 import aapo_fast as af
 from aapo_fast.bench.inputs import make_problem
 from aapo_fast.bench.shapes import Case, Head
-from aapo_fast.ops.linear_policy import chunked, sizes
+from aapo_fast.ops.linear_policy import buffers, sizes
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -96,21 +96,21 @@ def test_triton_and_torch_take_the_same_sample():
     assert all(relative(a, b) < 5e-3 for a, b in zip(ours, other, strict=True))
 
 
-@pytest.mark.parametrize("buffers", ["small", "one panel"])
+@pytest.mark.parametrize("memory", ["little", "one panel"])
 @pytest.mark.parametrize("backward", ["exact", "sparse"])
-def test_more_than_two_to_the_31_logits(backward, buffers, roads, monkeypatch):
+def test_more_than_two_to_the_31_logits(backward, memory, roads, monkeypatch):
     """65,537 rows of 49,152, beyond a grid of 65,535 and beyond 32-bit offsets: in little memory, where no kernel sees
     so many at a time, and in a single panel, where all of them do.
     """
     n, h, v = 65_537, 256, 49_152
-    real, made = chunked.buffer_rows, []
+    real, made = buffers.buffer_rows, []
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0], device="cuda").repeat(3)  # no sequence without a weight
     data = replace(accuracy.make("model-like", n, h, v, torch.bfloat16, "cuda"), rewards=rewards)
     if backward == "sparse":
         data.hidden.mul_(2.5)  # some fifty entries a row, where 197 would be dense
-    if buffers == "one panel":
+    if memory == "one panel":
         monkeypatch.setenv(sizes.BUFFER_VARIABLE, "48")
-    monkeypatch.setattr(chunked, "buffer_rows", lambda *given: made.append(real(*given)) or made[-1])
+    monkeypatch.setattr(buffers, "buffer_rows", lambda *given: made.append(real(*given)) or made[-1])
     true = accuracy.truth(data)
     hidden, weight = (t.requires_grad_() for t in (data.hidden, data.weight))
     torch.cuda.synchronize()
@@ -122,7 +122,7 @@ def test_more_than_two_to_the_31_logits(backward, buffers, roads, monkeypatch):
     out.loss.backward()
     extra = torch.cuda.max_memory_allocated() - before - 2 * (hidden.numel() + weight.numel())
     [(_, panel_rows)] = made
-    if buffers == "one panel":
+    if memory == "one panel":
         assert panel_rows == n and panel_rows * v > 2**31
     else:
         assert extra < 2**30, f"{extra / 2**20:.0f} MiB beyond dX and dW"

@@ -15,7 +15,7 @@ import torch
 from op_support import VARIANTS, objectives, relative, run, variant_problem
 
 import aapo_fast as af
-from aapo_fast.ops.linear_policy import chunked, sizes
+from aapo_fast.ops.linear_policy import buffers, sizes
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from aapo_fast.ops.linear_policy import rows_triton, sparse_triton
@@ -96,8 +96,9 @@ def test_any_upstream_gradient(variant, dtype, backward, roads):
 
 PANEL, CHUNK = 512, 2048
 BLOCKS = "sssd ddss sdsd"
-"""Sparse and dense ones by chunk. The last of the first chunk lands in the second, where its place must still be its
-own; others land beside dense ones of their chunk. After two together some are dense without a look."""
+"""Sparse and dense ones. The first says what is to come. Dense ones among sparse ones have their place in their own
+panel, when the panel after them is there already; others, beside each other in a chunk. After two together some are
+dense without a look."""
 
 
 @pytest.mark.parametrize("between_tries", [0, 2, 7])
@@ -107,11 +108,12 @@ def test_sparse_and_dense_blocks_in_flight(linear, between_tries, roads, monkeyp
     hundredth. Each block is looked at by itself, for one that is lost is little of the whole.
     """
     kinds = BLOCKS.replace(" ", "")
-    n, made, real = PANEL * len(kinds) - 100, [], chunked.buffer_rows
+    n, made, real = PANEL * len(kinds) - 100, [], buffers.buffer_rows
     monkeypatch.setattr(sparse_triton, "DENSE_SHARE", 0.1)
     monkeypatch.setattr(rows_triton.TritonRows, "blocks_between_tries", between_tries)
     monkeypatch.setenv(sizes.BUFFER_VARIABLE, "0.1")
-    monkeypatch.setattr(chunked, "buffer_rows", lambda *given: made.append(real(*given)) or made[-1])
+    monkeypatch.setattr(buffers, "buffer_rows", lambda *given: made.append(real(*given)) or made[-1])
+    monkeypatch.setattr(buffers, "sparse_panel_rows", lambda *_: PANEL)
     data = accuracy.make("model-like", n, H, V, torch.bfloat16, DEVICE)
     blocks = [slice(start, start + PANEL) for start in range(0, n, PANEL)]
     factor = torch.ones(n, device=DEVICE)

@@ -1,11 +1,11 @@
 """The pass: rows in chunks, each chunk visited once.
 
 A chunk is what one pair of gradient products takes; a panel of it is what one product of logits takes; a block of that
-is what the row kernels sweep while it is in cache. On the CPU panel and chunk are one, and gradient rows overwrite the
-logits; on a GPU gradient rows are narrower than logits and have a buffer of their own.
+is what the row kernels sweep while it is in cache. Their sizes and places are those of ``buffers.py``: on the CPU panel
+and chunk are one, and gradient rows overwrite the logits.
 
-Reading order: ``Call``, what is asked; ``Pass``, buffers and accumulators of a run over the rows. The runs
-themselves are in ``runs.py``.
+Reading order: ``Call``, what is asked; ``Pass``, accumulators of a run over the rows. The runs themselves are in
+``runs.py``.
 
 Letters: N rows of the call, M rows visited, C rows of a chunk or block, H hidden, V vocabulary of this shard.
 """
@@ -22,11 +22,12 @@ from torch import Tensor
 
 from aapo_fast.objectives import LinearWeights
 from aapo_fast.ops.linear_policy import targets as at_targets
-from aapo_fast.ops.linear_policy.memory import aligned, new_gradient
+from aapo_fast.ops.linear_policy.buffers import Buffers, Layout
+from aapo_fast.ops.linear_policy.memory import new_gradient
 from aapo_fast.ops.linear_policy.products import Products
 from aapo_fast.ops.linear_policy.rows import row_kernels
 from aapo_fast.ops.linear_policy.sharded import VocabularyShard
-from aapo_fast.ops.linear_policy.sizes import buffer_rows, gpu_budget, joined_slices
+from aapo_fast.ops.linear_policy.sizes import gpu_budget, joined_slices
 from aapo_fast.ops.linear_policy.statistics import (
     Coefficients,
     Entries,
@@ -41,13 +42,11 @@ from aapo_fast.ops.linear_policy.statistics import (
     compute_dtype,
     finish,
 )
+from aapo_fast.ops.linear_policy.tries import Tries
 
 FLUSH_ENTRIES, GPU_FLUSH_ENTRIES = 4 * 2**20, 8 * 2**20
 """Sparse entries that are gathered before they are spent on the accumulators. On a GPU they are best never spent: with
 no dense rows beside them dW is made from them in the backward, in the weight's dtype and without an accumulator."""
-
-LONGEST_PAUSE = 63
-"""Blocks that are dense without a look, after several looks in vain: each time twice as many, up to so many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +91,7 @@ class _InFlight(NamedTuple):
 
 
 class Pass:
-    """Operands, buffers and gradient accumulators of one run over the rows.
+    """Operands and gradient accumulators of one run over the rows.
 
     Args:
         hidden, weight, bias: (M, H), (V, H), (V,) or None.
@@ -119,10 +118,12 @@ class Pass:
         columns = live if call.shard is None else call.shard.columns
         self.wanted, self._weight_shape = wanted, weight.shape
         self._threshold = call.threshold if self.wants_gradient() else None
-        self._allocate(hidden.shape[0], live, columns)
-        self._panel_number = 0
+        self._buffers = self._allocate(hidden.shape[0], live, columns)
+        self._chunk = slice(0, 0)
+        first = slice(0, min(self._buffers.panel_rows, hidden.shape[0]))
+        logits = self._buffers.panel(first)
         if hidden.shape[0]:  # a GPU has begun while the host is still preparing the rest
-            self.products.logits(slice(0, self.panel_rows), self._logits[0][: hidden.shape[0]])
+            self.products.logits(first, logits)
         self.transform = call.transform.of(numbers)
         vocab_size = live if call.shard is None else call.shard.vocab_size
         self.has_target = (targets >= 0) & (targets < vocab_size)
@@ -130,12 +131,12 @@ class Pass:
         self.targets = torch.where(self.has_target & (here >= 0) & (here < live), here, -1)
         # -inf rules a token out. A large finite number does the same without the NaN of 0 * inf in the entropy.
         self.bias = None if bias is None else bias[:live].to(self.dtype).clamp(min=-1e30)
-        self.kernels = row_kernels(call.implementation, self._logits[0], self._threshold is not None, columns)
+        self.kernels = row_kernels(call.implementation, logits, self._threshold is not None, columns)
         self._sparse_panels: SparsePanels | None = self.kernels if isinstance(self.kernels, SparsePanels) else None
         # Both sweeps at once are for rows that are whole, without other ranks.
         whole = self.kernels if call.shard is None and self.wants_gradient() else None
         self._one_launch: OneLaunch | None = whole if isinstance(whole, OneLaunch) else None
-        zeros = self._logits[0].new_zeros
+        zeros = logits.new_zeros
         self._d_hidden = zeros(hidden.shape) if wanted[0] else None
         self._d_weight: Tensor | None = None  # made when the first rows are spent on it, with what they make of it
         self._d_bias = zeros(weight.shape[:1]) if wanted[2] else None
@@ -146,39 +147,53 @@ class Pass:
         self._in_flight: deque[_InFlight] = deque()
         self._sampled: Sampled | None = None
         self._entries: list[tuple[slice, Entries]] = []
-        self._pause = self._blocks_to_pass_over = 0
+        self._tries = Tries(self.kernels.blocks_between_tries)
 
-    def _allocate(self, num_rows: int, vocab: int, columns: int) -> None:
-        """Panels of logits; gradient rows have their place there, or a buffer that is made when it is needed."""
-        device, narrow = self.hidden.device, self.products.gradient_dtype
-        self._in_place = narrow == self.dtype
-        threshold = self._threshold if self.call.shard is None else self.call.threshold  # what no rank has otherwise
-        waits = threshold is not None and self.call.implementation == "triton" and not self._in_place
-        num_panels = 2 if waits else 1
-        # Of what all shards have agreed on: ranks whose blocks differ in size would wait for each other for ever.
+    def _allocate(self, num_rows: int, vocab: int, columns: int) -> Buffers:
+        """Dense rows first, until a panel comes out sparse; of shards, whose entries differ, one layout for all."""
+        device, shard = self.hidden.device, self.call.shard
+        threshold = self._threshold if shard is None else self.call.threshold  # what no rank has otherwise
+        in_flight = threshold is not None and self.call.implementation == "triton"
+        self._changes_layout = in_flight and shard is None
         weight_bytes = columns * self.hidden.shape[1] * self.products.weight.itemsize
         budget = gpu_budget(weight_bytes) if device.type == "cuda" else 0
-        self.chunk_rows, self.panel_rows = buffer_rows(num_rows, columns, self.dtype, narrow, budget, num_panels)
-        self._logits = [aligned(self.panel_rows, vocab, self.dtype, device) for _ in range(num_panels)]
-        self._gradient_rows: Tensor | None = None
-        self._first_row = 0
+        layout = Layout.SPARSE if in_flight and shard is not None else Layout.DENSE
+        narrow = self.products.gradient_dtype
+        return Buffers(num_rows, vocab, columns, self.dtype, narrow, device, budget, layout, self._changes_layout)
 
     def chunks(self) -> Iterator[slice]:
-        for start in range(0, self.hidden.shape[0], self.chunk_rows):
-            self._first_row = start
-            yield slice(start, min(start + self.chunk_rows, self.hidden.shape[0]))
+        """One after the other. ``panels`` ends one early that is followed by sparse rows."""
+        while self._chunk.stop < self.hidden.shape[0]:
+            if self._changes_layout:
+                self._lay_out()
+            start = self._chunk.stop
+            self._chunk = slice(start, min(start + self._buffers.chunk_rows, self.hidden.shape[0]))
+            yield self._chunk
+
+    def _lay_out(self) -> None:
+        """For the next chunk, as the last block turned out."""
+        if self._buffers.layout is Layout.SPARSE and not self._tries.came_out_sparse:
+            self._land_all()
+            self._spend_dense()
+        wanted = Layout.SPARSE if self._tries.came_out_sparse else Layout.DENSE
+        if self._buffers.layout is not wanted:
+            self._buffers.lay_out(wanted)
 
     def panels(self, chunk: slice) -> Iterator[tuple[slice, Tensor]]:
         """Of each panel: its rows and its (C, V) raw products."""
-        for start in range(chunk.start, chunk.stop, self.panel_rows):
-            panel = slice(start, min(start + self.panel_rows, chunk.stop))
-            logits = self._logits[self._panel_number % len(self._logits)][: panel.stop - start]
-            self._panel_number += 1
-            if start > 0:  # the first is there
+        for start in range(chunk.start, chunk.stop, self._buffers.panel_rows):
+            panel = slice(start, min(start + self._buffers.panel_rows, chunk.stop))
+            if start == 0:  # the product is there, or under way
+                logits = self._buffers.held(panel)
+            else:
+                logits = self._buffers.panel(panel)
                 self.products.logits(panel, logits)
             if self.bias is not None:
                 logits += self.bias
             yield panel, logits
+            if self._changes_layout and self._tries.came_out_sparse and self._buffers.layout is Layout.DENSE:
+                self._chunk = slice(chunk.start, panel.stop)
+                return
 
     def cut(self, panel: slice, products: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Of each block of a panel the same; the panel, for kernels that cut it for themselves to sample it, or whose
@@ -197,13 +212,8 @@ class Pass:
             yield from self.cut(panel, products)
 
     def _gradient_rows_of(self, rows: slice) -> Tensor:
-        """(C, V): where the dense gradient rows of rows of this chunk are, or go."""
-        if self._gradient_rows is None:
-            width, device = self._logits[0].shape[1], self.hidden.device
-            narrow = self.products.gradient_dtype
-            made = self._logits[0] if self._in_place else aligned(self.chunk_rows, width, narrow, device)
-            self._gradient_rows = made
-        return self._gradient_rows[rows.start - self._first_row : rows.stop - self._first_row]
+        """(C, V): where the dense gradient rows of these rows are, or go."""
+        return self._buffers.gradient_rows(rows, self._chunk.start)
 
     def sweep(self, rows: slice, products: Tensor, live: Tensor) -> RowStatistics:
         """Sweep 1 of what ``cut`` gives, and a whole panel's sample. ``live``: (M,) rows that the loss may want."""
@@ -257,7 +267,7 @@ class Pass:
         assert self._threshold is not None and isinstance(self.kernels, SparseBlocks)
         entries = self.kernels.sparse_gradient(*sweep, self._threshold, self._uniforms[rows])
         self._in_flight.append(_InFlight(rows, sweep, entries))
-        while len(self._in_flight) >= len(self._logits):
+        while len(self._in_flight) >= self._buffers.num_panels:
             self._land()
 
     def _spend_sampled(
@@ -279,32 +289,22 @@ class Pass:
         """The entries of the block that is longest in flight; its dense rows, if it has too many."""
         rows, sweep, entries_of = self._in_flight.popleft()
         entries = entries_of()
+        self._tries.looked(sparse=entries is not None)
         if entries is not None:
             self._entries.append((rows, entries))
-            self._pause = self._blocks_to_pass_over = 0
             return
-        if self._blocks_to_pass_over == 0:  # and not the neighbour, which was looked at before this was known
-            longer = min(2 * self._pause + 1, LONGEST_PAUSE)
-            self._pause = longer if self._pause else self.kernels.blocks_between_tries
-            self._blocks_to_pass_over = self._pause
-        begun, late = self._first_row, rows.start < self._first_row
-        if late:  # the last of the chunk before, whose place is still free: nothing of this chunk has landed yet
-            self._first_row = rows.start
         self.kernels.gradient(*sweep, self._gradient_rows_of(rows))
-        self._dense_blocks.append(rows)
-        if late:
-            self._spend_dense()
-            self._first_row = begun
+        if rows.start < self._chunk.start:  # the last of the chunk before, in its own panel
+            self._spend_rows(rows)
+        else:
+            self._dense_blocks.append(rows)
 
     def _tries_sparse(self) -> bool:
-        """Not for a while after a block that was too full: neighbours are alike, and counting in vain costs time. The
-        choice looks at no uniform, so it biases nothing.
-        """
-        return self._threshold is not None and self._blocks_to_pass_over == 0
+        return self._threshold is not None and self._tries.due()
 
     def _add_dense(self, rows: slice) -> None:
         self._dense_blocks.append(rows)
-        self._blocks_to_pass_over = max(0, self._blocks_to_pass_over - 1)
+        self._tries.passed_over()
 
     def _keep_target_products(self, rows: slice, products: Tensor) -> None:
         if self.transform.softcap is not None:
@@ -322,16 +322,20 @@ class Pass:
 
     def _spend_dense(self) -> None:
         for rows in joined_slices(sorted(self._dense_blocks, key=lambda block: block.start)):
-            d = self._gradient_rows_of(rows)
-            if self._d_hidden is not None:
-                self.products.hidden_gradient(d, self._d_hidden[rows])
-            if self.wanted[1]:
-                first = self._d_weight is None
-                d_weight = self._weight_gradient(zeros=False)
-                self.products.weight_gradient(d, rows, d_weight[: self.call.vocab_size], add=not first)
-            if self._d_bias is not None:
-                self._d_bias[: self.call.vocab_size] += d.sum(0, dtype=self.dtype)
+            self._spend_rows(rows)
         self._dense_blocks = []
+
+    def _spend_rows(self, rows: slice) -> None:
+        """Dense gradient rows on the accumulators."""
+        d = self._gradient_rows_of(rows)
+        if self._d_hidden is not None:
+            self.products.hidden_gradient(d, self._d_hidden[rows])
+        if self.wanted[1]:
+            first = self._d_weight is None
+            d_weight = self._weight_gradient(zeros=False)
+            self.products.weight_gradient(d, rows, d_weight[: self.call.vocab_size], add=not first)
+        if self._d_bias is not None:
+            self._d_bias[: self.call.vocab_size] += d.sum(0, dtype=self.dtype)
 
     def _weight_gradient(self, zeros: bool) -> Tensor:
         """The accumulator. The first dense rows write it instead of adding to zeros."""
@@ -367,6 +371,7 @@ class Pass:
         """All gradients, complete, from the (M,) statistics and coefficients of all rows."""
         self._land_all()
         self._spend_dense()
+        self._buffers.release()
         value = at_targets.gradient(stats, wanted, self.transform, self.targets >= 0, self._target_products)
         late = self._late_weight_gradient(value)
         self._flush(spend_weight=late is None)

@@ -103,8 +103,13 @@ def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
     """
     if device.type == "cpu":
         return _buffers.empty((rows, columns), dtype)
+    return torch.empty(rows, padded_columns(columns, dtype, device), dtype=dtype, device=device)[:, :columns]
+
+
+def padded_columns(columns: int, dtype: torch.dtype, device: torch.device) -> int:
+    """From the start of a row of ``aligned`` to that of the next."""
     unit = 256 // dtype.itemsize if device.type == "cuda" else 1
-    return torch.empty(rows, -(-columns // unit) * unit, dtype=dtype, device=device)[:, :columns]
+    return -(-columns // unit) * unit
 
 
 def widened(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ Letters: C rows of a panel, V vocabulary (of this shard), T tiles of a row.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -43,12 +44,12 @@ class TritonRows:
         sparse: keep of each tile what ``sparse_gradient`` needs.
     """
 
+    block_rows = sys.maxsize
     blocks_between_tries = 7
 
     def __init__(self, chunk: Tensor, sparse: bool = False) -> None:
         if chunk.dtype != torch.float32:
             raise ValueError(f"implementation='triton' computes in fp32, not {chunk.dtype}; use implementation='torch'")
-        self.block_rows = max(1, chunk.shape[0])
         self._sparse = sparse
         self._tiles: Tiles | None = None
 
@@ -116,4 +117,5 @@ class TritonRows:
 
 
 def _apart(products: Tensor, out: Tensor) -> bool:
-    return out.untyped_storage().data_ptr() != products.untyped_storage().data_ptr()
+    """In place both begin where the first row does, whatever else is in the same piece of memory."""
+    return out.data_ptr() != products.data_ptr()

@@ -137,6 +137,11 @@ def gradients(work: Pass, upstream: Sequence[Tensor | None]) -> Gradients:
     if d_logps is None:
         d_logps = torch.zeros(work.targets.shape, dtype=work.dtype, device=work.hidden.device)
     wanted = Coefficients(d_logps, *others)
+    return work.end(_visit_again(work, wanted), wanted)
+
+
+def _visit_again(work: Pass, wanted: Coefficients) -> RowStatistics:
+    """Statistics of all rows, on the way to their gradients."""
     live = wanted.live()
     found: list[RowStatistics] = [no_rows(work.dtype, work.hidden.device)]
     for chunk in work.chunks():
@@ -144,4 +149,4 @@ def gradients(work: Pass, upstream: Sequence[Tensor | None]) -> Gradients:
             found.append(work.sweep(rows, products, live))
             work.spend(rows, products, found[-1], wanted.of(rows))
         work.end_chunk()
-    return work.end(joined(found), wanted)
+    return joined(found)

@@ -29,7 +29,7 @@ BUFFER_VARIABLE = "AAPO_FAST_BUFFER_GIB"
 SMALLEST_BUFFER_GIB = 0.1
 
 GPU_LOGIT_SHARE = 0.3
-"""Of that, for one panel of logits: sparse rows have two. Products of fewer than 512 rows are slower."""
+"""Of that, for a panel of logits beside gradient rows. Products of fewer than 512 rows are slower."""
 
 GPU_TILE_ROWS, GPU_WAVE_ROWS = 128, 1024
 """Panels are whole tiles of the vendor's products. Chunks are of so many rows that the (C, H) tiles of dX fill the
@@ -60,10 +60,10 @@ def gpu_budget(weight_bytes: int) -> int:
 
 
 def buffer_rows(
-    num_rows: int, vocab: int, dtype: torch.dtype, gradient_dtype: torch.dtype, budget: int = 0, num_panels: int = 1
+    num_rows: int, vocab: int, dtype: torch.dtype, gradient_dtype: torch.dtype, budget: int = 0
 ) -> tuple[int, int]:
-    """Rows of a chunk and of a panel: of the buffer of gradient rows and of the ``num_panels`` ones of logits. They are
-    one where gradient rows have the compute dtype, and so is the buffer.
+    """Rows of a chunk and of a panel: of the buffer of gradient rows and of that of logits. They are one where gradient
+    rows have the compute dtype, and so is the buffer.
 
     Args:
         budget: bytes of all buffers, on a GPU; 0 on a CPU.
@@ -76,9 +76,17 @@ def buffer_rows(
         rows = _tiled_parts(num_rows, budget // row_bytes)
         return rows, rows
     panel = _whole(int(GPU_LOGIT_SHARE * budget) // row_bytes, 2 * GPU_TILE_ROWS)
-    rest = budget - num_panels * panel * row_bytes
+    rest = budget - panel * row_bytes
     chunk = _tiled_parts(num_rows, rest // (vocab * gradient_dtype.itemsize))
     return chunk, min(panel, chunk)
+
+
+def sparse_panel_rows(num_rows: int, vocab: int, dtype: torch.dtype, budget: int = 0) -> int:
+    """Rows of a panel where there are two of them and nothing beside. ``budget`` as above."""
+    row_bytes = vocab * dtype.itemsize
+    if not budget:
+        return even_parts(num_rows, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
+    return _tiled_parts(num_rows, budget // 2 // row_bytes)
 
 
 def _whole(rows: int, unit: int) -> int:
