@@ -1,4 +1,4 @@
-"""Small tensors on their way from the host to a device."""
+"""Small tensors on their way between the host and a device."""
 
 from __future__ import annotations
 
@@ -15,3 +15,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
         pinned = torch.empty_like(tensor, memory_format=torch.contiguous_format, pin_memory=True)
         return pinned.copy_(tensor).to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def check_may_wait(device: torch.device, why: str) -> None:
+    """The host is about to wait for a number from ``device``.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, in which it cannot; ``why`` says what for and what to do.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"cannot be captured in a CUDA graph: {why}")

@@ -191,6 +191,44 @@ def test_sparse_rows_wait_for_their_counts_only(roads):
     assert hidden.grad.isfinite().all() and hidden.grad.norm() > 0
 
 
+def test_a_cuda_graph_holds_the_exact_pass():
+    """In which nothing can wait. Replayed with other hidden states; what waits is refused."""
+    data = accuracy.make("model-like", 700, 128, 32_003, torch.bfloat16, "cuda")
+    hidden, weight = (t.clone().requires_grad_() for t in (data.hidden, data.weight))
+    objective, other = data.objective(), data.hidden.flip(0)
+
+    def step(**options):
+        out = af.linear_policy_loss(hidden, weight, data.targets, objective, temperature=0.8, **options)
+        out.loss.backward()
+        return out
+
+    def cleared():
+        hidden.grad = weight.grad = None
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiled beforehand, and the vendor's libraries have their workspaces
+        step(all_logps=True)
+        step(backward="sparse")
+    torch.cuda.current_stream().wait_stream(side)
+    for options in ({}, {"all_logps": True, "backward": "sparse"}):
+        cleared()
+        with pytest.raises(RuntimeError, match="CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            step(**options)
+    cleared()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(all_logps=True)
+    with torch.no_grad():
+        hidden.copy_(other)
+    graph.replay()
+    found = [t.clone() for t in (out.loss.detach(), out.logps, hidden.grad, weight.grad)]
+    cleared()
+    truth = step(all_logps=True)
+    true = (truth.loss.detach(), truth.logps, hidden.grad, weight.grad)
+    assert all(torch.equal(a, b) for a, b in zip(found, true, strict=True))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_an_objective_on_the_host_drops_the_same_rows(implementation):
     data = accuracy.make("ninety per cent without weight", 900, 128, 32_003, torch.float32, "cuda")

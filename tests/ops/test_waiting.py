@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import aapo_fast as af
+from aapo_fast import transfer
 from aapo_fast.objectives import REINFORCE
 from aapo_fast.ops.linear_policy import autograd, chunked, runs, sizes
 from aapo_fast.ops.linear_policy.statistics import Transform
@@ -71,11 +72,23 @@ def test_all_rows_are_visited_without_waiting(dtype):
     (res.logps * res.entropy).sum().backward()
 
 
-def test_weights_on_the_device_are_looked_at():
-    """The price of dropping rows; and that this device would tell."""
+def test_weights_on_the_device_are_looked_at(monkeypatch):
+    """The price of dropping rows; and that this device would tell. No CUDA graph holds that."""
     hidden, weight, targets = operands()
+    asked = []
+    monkeypatch.setattr(autograd, "check_may_wait", lambda device, why: asked.append(why))
     with pytest.raises(NotImplementedError, match="nonzero"):
         af.linear_policy_loss(hidden, weight, targets, af.AAPO(*sequences("meta"), N))
+    assert len(asked) == 1 and "all_logps=True" in asked[0]
+
+
+def test_what_waits_cannot_be_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    transfer.check_may_wait(META, "nothing")
+    with pytest.raises(RuntimeError, match="^cannot be captured in a CUDA graph: it waits; do not$"):
+        transfer.check_may_wait(torch.device("cuda"), "it waits; do not")
+    for name in ("policy_loss", "logprobs", "logprobs_backward"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.aapo_fast, name).default.tags
 
 
 def test_rows_known_on_the_host_are_those_with_a_weight():

@@ -24,6 +24,9 @@ from aapo_fast.ops.linear_policy.statistics import SparseProduct, Transform, com
 
 Vectors = tuple[Tensor, Tensor, Tensor]
 
+MAY_WAIT = torch.Tag.cudagraph_unsafe
+"""The host may read counts, and has numbers of its own: ``mode="reduce-overhead"`` captures what is around them."""
+
 
 def policy_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, objective: Objective, call: Call
@@ -155,7 +158,7 @@ def _autograd_within_an_operator() -> Any:
 # --- the operators ---------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("aapo_fast::policy_loss", mutates_args=())
+@torch.library.custom_op("aapo_fast::policy_loss", mutates_args=(), tags=MAY_WAIT)
 def _policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -209,7 +212,7 @@ def _hand_out(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
 _policy_loss.register_autograd(_hand_out, setup_context=_keep_gradients)
 
 
-@torch.library.custom_op("aapo_fast::logprobs", mutates_args=())
+@torch.library.custom_op("aapo_fast::logprobs", mutates_args=(), tags=MAY_WAIT)
 def _logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -231,7 +234,7 @@ def _(hidden, weight, bias, targets, row_temperature, options, seed):
     return vector, torch.empty_like(vector), torch.empty_like(vector)
 
 
-@torch.library.custom_op("aapo_fast::logprobs_backward", mutates_args=())
+@torch.library.custom_op("aapo_fast::logprobs_backward", mutates_args=(), tags=MAY_WAIT)
 def _logprobs_backward(
     hidden: Tensor,
     weight: Tensor,
