@@ -3,6 +3,7 @@
 #   PYTHON=python3.12 make test      another Python (3.10 to 3.13)
 #   TORCH="torch==2.13.0" make test  another torch
 #   VLLM= make test types            without vLLM, whose tests are then skipped; likewise VERL= and TRL_VLLM=
+#   WORKERS=0 make test              one test after the other
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -21,6 +22,8 @@ TRL_VLLM_STAMP := $(VENV)/.installed-trl-vllm
 VERL ?= $(shell if [ "$$(uname -sm)" = "Linux x86_64" ]; then echo verl==0.9.1; fi)
 VERL_FOLDER := $(CURDIR)/$(VENV)/verl
 VERL_STAMP := $(VENV)/.installed-verl
+# Most tests wait for processes that start: two at a time take little more than half as long. Not on one GPU's memory.
+WORKERS ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo 0; else echo 2; fi)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help quickstart test lint types format doctor docs native wheel sanitize clean
@@ -41,7 +44,7 @@ quickstart: $(STAMP)
 
 # Files of their own may be skipped whole, which is no failure: pytest's status 5 is "nothing was run".
 test: $(STAMP) $(VLLM_STAMP) $(TRL_VLLM_STAMP) $(VERL_STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 	@if [ -n "$(TRL_VLLM)" ]; then PYTHONPATH=$(TRL_VLLM_FOLDER) $(BIN)/python -m pytest tests/integrations/test_trl_vllm*.py || [ $$? -eq 5 ]; fi
 	@if [ -n "$(VERL)" ]; then PYTHONPATH=$(VERL_FOLDER) $(BIN)/python -m pytest tests/integrations/test_verl*.py || [ $$? -eq 5 ]; fi
 

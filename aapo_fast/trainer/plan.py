@@ -17,7 +17,8 @@ from dataclasses import replace
 import torch
 
 from aapo_fast.config import Config
-from aapo_fast.ops.linear_policy.sizes import buffer_rows, gpu_budget
+from aapo_fast.ops.linear_policy.buffers import Layout, sizes_of
+from aapo_fast.ops.linear_policy.sizes import gpu_budget
 from aapo_fast.trainer.plan_shape import GPU, Part, Phase, Shape
 
 FP32 = 4
@@ -81,8 +82,9 @@ def _training(config: Config, s: Shape, devices: int) -> Iterator[Part]:
         rows, s = devices * rows, replace(s, vocab=-(-s.vocab // devices))
         wanted = s.vocab * s.hidden if not config.lora.rank else 0
         gradients, formula = FP32 * (wanted + 3 * rows * s.hidden), "4 V H / N (full) + 12 N T H"
-    logits = head_buffer_bytes(rows, s, on_gpu=True)
-    how = "4 C V / N, chunks of C rows of N T" if pieces else "4 C V, chunks of C rows of T"
+    sparse = config.loss.backward == "sparse"
+    logits = head_buffer_bytes(rows, s, on_gpu=True, half=in_bfloat16(config), sparse=sparse)
+    how = "panels of the N T rows, V / N wide" if pieces else "panels and a chunk of the T rows"
     yield Part("head: logits", logits, "arithmetic", "training", how)
     yield Part("head: gradients", gradients, "arithmetic", "training", formula)
 
@@ -140,11 +142,14 @@ def in_bfloat16(config: Config) -> bool:
     return config.model.precision != "float32"
 
 
-def head_buffer_bytes(rows: int, s: Shape, on_gpu: bool) -> float:
-    """Logits of one chunk of the fused loss, whose gradient rows take their place (``sizes.buffer_rows``)."""
-    budget = gpu_budget(FP32 * s.vocab * s.hidden) if on_gpu else 0
-    chunk, _ = buffer_rows(rows, s.vocab, torch.float32, torch.float32, budget)
-    return FP32 * chunk * s.vocab
+def head_buffer_bytes(rows: int, s: Shape, on_gpu: bool, half: bool = False, sparse: bool = False) -> float:
+    """Logits and gradient rows that exist at a time in the fused loss (``ops.linear_policy.buffers``)."""
+    width = 2 if half else FP32
+    budget = gpu_budget(width * s.vocab * s.hidden) if on_gpu else 0
+    narrow = torch.bfloat16 if half and on_gpu else torch.float32
+    sizes = sizes_of(rows, s.vocab, s.hidden, torch.float32, narrow, budget)
+    layouts = Layout if sparse and on_gpu else (Layout.DENSE,)
+    return max(sizes[layout].num_bytes(FP32 * s.vocab, width * s.vocab) for layout in layouts)
 
 
 def _rollout(config: Config, s: Shape, gpu: GPU, devices: int) -> Iterator[Part]:

@@ -175,8 +175,9 @@ def test_the_host_never_waits(dtype, implementation, sent_from_pinned_memory):
 
 
 @pytest.mark.usefixtures("sparse_whatever_it_costs")
-def test_sparse_rows_wait_for_their_counts_only(roads):
+def test_sparse_rows_wait_for_their_counts_only(roads, monkeypatch):
     """Which arrive behind an event: what would wait for the whole stream is an error here."""
+    monkeypatch.setenv(sizes.BUFFER_VARIABLE, "0.1")  # several panels
     data = accuracy.make("model-like", 900, 128, 32_003, torch.bfloat16, "cuda")
     objective = data.objective()
     accuracy.results(data, "triton", backward="sparse")  # compiled beforehand
@@ -285,8 +286,9 @@ def test_a_target_out_of_range_is_an_assertion_of_the_device():
 
 SANITIZED = """
 import sys, torch, aapo_fast as af
-from aapo_fast.ops.linear_policy import sparse_triton
+from aapo_fast.ops.linear_policy import buffers, chunked, sparse_triton
 sparse_triton.DENSE_SHARE = 10.0
+chunked.Buffers = lambda *given: buffers.Buffers(*given[:-1], False)  # not all in one allocation
 
 def both(dtype, v, objective, **options):
     x, w = (torch.randn(n, 16, device="cuda").to(dtype).requires_grad_() for n in (37, v))
@@ -303,9 +305,21 @@ for v in map(int, sys.argv[1:]):
     rows = {"softcap": 5.0, "temperature": torch.linspace(0.5, 1.5, 37, device="cuda")}
     both(torch.bfloat16, v, known, **rows)
     both(torch.float32, v, af.SFT(37.0), **rows)
+
+# Panels of eight rows, of which every third is too full.
+buffers.buffer_rows, buffers.sparse_panel_rows = lambda *_: (16, 8), lambda *_: 8
+begin, begun = sparse_triton.sparse_gradient, []
+
+def sparse_gradient(*given):
+    begun.append(begin(*given))
+    return (lambda: None) if len(begun) % 3 == 2 else begun[-1]
+
+sparse_triton.sparse_gradient = sparse_gradient
+both(torch.bfloat16, int(sys.argv[1]), known)
 torch.cuda.synchronize()
 """
-"""Two sweeps, or one launch of both where the weights are known beforehand; gradient rows in place (fp32) and apart."""
+"""Two sweeps, or one launch of both where the weights are known beforehand; gradient rows apart and in place (in fp32,
+and in bf16 at the front of fp32 logits)."""
 
 
 def test_compute_sanitizer_finds_nothing():

@@ -15,7 +15,7 @@ import torch
 from op_support import VARIANTS, objectives, relative, run, variant_problem
 
 import aapo_fast as af
-from aapo_fast.ops.linear_policy import buffers, sizes
+from aapo_fast.ops.linear_policy import buffers
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from aapo_fast.ops.linear_policy import rows_triton, sparse_triton
@@ -108,11 +108,10 @@ def test_sparse_and_dense_blocks_in_flight(linear, between_tries, roads, monkeyp
     hundredth. Each block is looked at by itself, for one that is lost is little of the whole.
     """
     kinds = BLOCKS.replace(" ", "")
-    n, made, real = PANEL * len(kinds) - 100, [], buffers.buffer_rows
+    n = PANEL * len(kinds) - 100
     monkeypatch.setattr(sparse_triton, "DENSE_SHARE", 0.1)
     monkeypatch.setattr(rows_triton.TritonRows, "blocks_between_tries", between_tries)
-    monkeypatch.setenv(sizes.BUFFER_VARIABLE, "0.1")
-    monkeypatch.setattr(buffers, "buffer_rows", lambda *given: made.append(real(*given)) or made[-1])
+    monkeypatch.setattr(buffers, "buffer_rows", lambda *_: (CHUNK, PANEL))
     monkeypatch.setattr(buffers, "sparse_panel_rows", lambda *_: PANEL)
     data = accuracy.make("model-like", n, H, V, torch.bfloat16, DEVICE)
     blocks = [slice(start, start + PANEL) for start in range(0, n, PANEL)]
@@ -129,7 +128,7 @@ def test_sparse_and_dense_blocks_in_flight(linear, between_tries, roads, monkeyp
         temperature=data.temperature, implementation="triton", all_logps=True, **how("sparse"),
     ).loss.backward()  # fmt: skip
     unseen = roads["dense"] - kinds.count("d")
-    assert made == [(CHUNK, PANEL)] and roads["sparse"] >= 3 and (unseen > 0) == (between_tries > 0)
+    assert roads["sparse"] >= 3 and (unseen > 0) == (between_tries > 0)
     for rows in blocks:
         assert relative(hidden.grad[rows], true["dX"][rows]) < 1e-2, rows
     assert relative(weight.grad, true["dW"]) < 1e-2

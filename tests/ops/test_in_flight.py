@@ -136,7 +136,7 @@ def test_full_blocks_are_looked_at_ever_more_rarely(apart, monkeypatch):
 def test_panels_of_sparse_rows_are_larger():
     """On a GPU: half of the room is for one of them, where a chunk of dense rows and its logits share it."""
     budget = sizes.gpu_budget(4096 * 151_936 * 2)
-    assert sizes.buffer_rows(8192, 151_936, torch.float32, torch.bfloat16, budget) == (3072, 512)
+    assert sizes.buffer_rows(8192, 151_936, 4096, torch.float32, torch.bfloat16, budget) == (3072, 512)
     assert sizes.sparse_panel_rows(8192, 151_936, torch.float32, budget) == 1024
     assert sizes.sparse_panel_rows(700, 151_936, torch.float32, budget) == 700
     assert sizes.sparse_panel_rows(16_384, 248_320, torch.float32, 2048 * 248_320 * 2) == 512

@@ -53,6 +53,7 @@ def variants():
         (rows, "statistics_kernel", {**plain, "KEEP_TILES": True, "TILE": 256, "BLOCK": 2048}, eight, {}),
         (rows, "statistics_kernel", {**full, "KEEP_TILES": True, "TILE": 256, "BLOCK": 2048}, eight, row),
         (rows, "gradient_kernel", {**plain, **off, "APART": True, "BLOCK": 4096}, eight, narrow),
+        (rows, "gradient_kernel", {**plain, **off, "APART": False, "BLOCK": 4096}, eight, narrow),
         (rows, "gradient_kernel", {**full, **on, "APART": False, "BLOCK": 4096}, eight, row),
         (rows, "both_sweeps_kernel", {**plain, "APART": True, "BLOCK": 4096}, eight, {**narrow, "index": "*i64"}),
         (rows, "both_sweeps_kernel", {**full, "APART": False, "BLOCK": 4096}, eight, row),

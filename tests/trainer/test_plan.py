@@ -1,5 +1,6 @@
 """The plan against the tensors of real runs."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -178,7 +179,9 @@ def test_the_heads_buffer_is_what_a_child_process_takes(rows, vocab):
 def test_the_heads_buffer_on_a_gpu_stays_below_its_limit():
     for vocab in (49152, 151936, 256000):
         shape = plan_shape.Shape((), 0, 0, 0, 1, 64, 1, 64, 64, vocab)
-        assert 0.4 * 2**30 < plan.head_buffer_bytes(8192, shape, on_gpu=True) < 2**30
+        for half, sparse in itertools.product((False, True), repeat=2):
+            taken = plan.head_buffer_bytes(8192, shape, on_gpu=True, half=half, sparse=sparse)
+            assert 0.4 * 2**30 < taken < 2**30
 
 
 @pytest.mark.parametrize("tied", [False, True])

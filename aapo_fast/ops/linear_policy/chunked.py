@@ -155,11 +155,13 @@ class Pass:
         threshold = self._threshold if shard is None else self.call.threshold  # what no rank has otherwise
         in_flight = threshold is not None and self.call.implementation == "triton"
         self._changes_layout = in_flight and shard is None
-        weight_bytes = columns * self.hidden.shape[1] * self.products.weight.itemsize
+        width = self.hidden.shape[1]
+        weight_bytes = columns * width * self.products.weight.itemsize
         budget = gpu_budget(weight_bytes) if device.type == "cuda" else 0
         layout = Layout.SPARSE if in_flight and shard is not None else Layout.DENSE
         narrow = self.products.gradient_dtype
-        return Buffers(num_rows, vocab, columns, self.dtype, narrow, device, budget, layout, self._changes_layout)
+        sizes = (num_rows, vocab, columns, width)
+        return Buffers(*sizes, self.dtype, narrow, device, budget, layout, self._changes_layout)
 
     def chunks(self) -> Iterator[slice]:
         """One after the other. ``panels`` ends one early that is followed by sparse rows."""

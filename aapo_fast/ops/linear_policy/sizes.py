@@ -5,6 +5,7 @@ Letters: N rows of the call, C rows of a chunk or panel, H hidden, V vocabulary 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterator
@@ -31,10 +32,13 @@ SMALLEST_BUFFER_GIB = 0.1
 GPU_LOGIT_SHARE = 0.3
 """Of that, for a panel of logits beside gradient rows. Products of fewer than 512 rows are slower."""
 
-GPU_TILE_ROWS, GPU_WAVE_ROWS = 128, 1024
-"""Panels are whole tiles of the vendor's products. Chunks are of so many rows that the (C, H) tiles of dX fill the
-multiprocessors of a Hopper GPU whole times: at H = 4096 the products of 2,048 rows are a tenth quicker a row than those
-of 2,816 (docs/LOG.md)."""
+GPU_TILE_ROWS, GPU_TILE_COLUMNS, MULTIPROCESSORS = 256, 128, 132
+"""Of a result of the vendor's products on a Hopper GPU: a multiprocessor computes one such tile at a time. Panels have
+whole tiles, chunks so many rows that those of dX leave few multiprocessors idle (``_chunk_rows``)."""
+
+VISIT_WAVES = 9.5e-5
+"""What one chunk more costs, for it reads and writes dW: so many times H, in waves of dX, a wave being one tile on each
+multiprocessor. Measured at (151936, 4096): 0.8 ms of 2.1 a wave (docs/LOG.md)."""
 
 
 def gpu_budget(weight_bytes: int) -> int:
@@ -60,12 +64,13 @@ def gpu_budget(weight_bytes: int) -> int:
 
 
 def buffer_rows(
-    num_rows: int, vocab: int, dtype: torch.dtype, gradient_dtype: torch.dtype, budget: int = 0
+    num_rows: int, vocab: int, hidden: int, dtype: torch.dtype, gradient_dtype: torch.dtype, budget: int = 0
 ) -> tuple[int, int]:
     """Rows of a chunk and of a panel: of the buffer of gradient rows and of that of logits. They are one where gradient
     rows have the compute dtype, and so is the buffer.
 
     Args:
+        hidden: H.
         budget: bytes of all buffers, on a GPU; 0 on a CPU.
     """
     row_bytes = vocab * dtype.itemsize
@@ -73,11 +78,11 @@ def buffer_rows(
         rows = even_parts(num_rows, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
         return rows, rows
     if gradient_dtype == dtype:
-        rows = _tiled_parts(num_rows, budget // row_bytes)
+        rows = _chunk_rows(num_rows, budget // row_bytes, hidden)
         return rows, rows
-    panel = _whole(int(GPU_LOGIT_SHARE * budget) // row_bytes, 2 * GPU_TILE_ROWS)
+    panel = _whole(int(GPU_LOGIT_SHARE * budget) // row_bytes)
     rest = budget - panel * row_bytes
-    chunk = _tiled_parts(num_rows, rest // (vocab * gradient_dtype.itemsize))
+    chunk = _chunk_rows(num_rows, rest // (vocab * gradient_dtype.itemsize), hidden)
     return chunk, min(panel, chunk)
 
 
@@ -86,23 +91,45 @@ def sparse_panel_rows(num_rows: int, vocab: int, dtype: torch.dtype, budget: int
     row_bytes = vocab * dtype.itemsize
     if not budget:
         return even_parts(num_rows, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
-    return _tiled_parts(num_rows, budget // 2 // row_bytes)
+    most = _whole(budget // 2 // row_bytes)
+    even = even_parts(num_rows, most)
+    return max(1, min(most, num_rows, _up(even, GPU_TILE_ROWS)))
 
 
-def _whole(rows: int, unit: int) -> int:
-    """At most ``rows``, in whole units where that leaves any, else in whole tiles, else as they are."""
-    for size in (unit, GPU_TILE_ROWS):
+def _whole(rows: int) -> int:
+    """At most ``rows``, in whole tiles where that leaves any, else in halves of them, else as they are."""
+    for size in (GPU_TILE_ROWS, GPU_TILE_ROWS // 2):
         if rows >= size:
             return rows // size * size
     return max(1, rows)
 
 
-def _tiled_parts(num_rows: int, most: int) -> int:
-    """Rows a part: as few parts as ``most`` allows, of one size but for rounding up to whole units."""
-    most = _whole(most, GPU_WAVE_ROWS)
-    unit = GPU_WAVE_ROWS if most >= GPU_WAVE_ROWS else GPU_TILE_ROWS
-    even = even_parts(num_rows, most)
-    return max(1, min(most, num_rows, -(-even // unit) * unit))
+def _up(rows: int, unit: int) -> int:
+    return -(-rows // unit) * unit
+
+
+@functools.lru_cache(maxsize=1024)
+def _chunk_rows(num_rows: int, most: int, hidden: int) -> int:
+    """At most ``most`` rows, in whole tiles: so many that the dX of all chunks and their visits to dW take least.
+
+    A model of what was measured on an H200: at (H, V) = (4096, 151936) a row's dX takes an eighth longer in chunks of
+    2,816 rows (352 tiles, 2.7 waves) than of 2,048 (1.9 waves); at (2048, 248320) it takes the same in chunks of 256 to
+    2,048 rows (16 to 128 tiles), and its dW an eighth less in chunks of 1,536 than of 1,024.
+    """
+
+    def waves(rows: int) -> float:
+        # Fewer tiles than there are multiprocessors are shared out, along V.
+        part = -(-rows // GPU_TILE_ROWS) * -(-hidden // GPU_TILE_COLUMNS) / MULTIPROCESSORS
+        return part if part < 1 else math.ceil(part)
+
+    def cost(rows: int) -> float:
+        full, rest = divmod(num_rows, rows)
+        visits = full + (rest > 0)
+        return full * waves(rows) + waves(rest) + VISIT_WAVES * hidden * visits
+
+    most = max(1, min(most, num_rows))
+    largest = most if most == num_rows else _whole(most)
+    return min((largest, *range(GPU_TILE_ROWS, largest, GPU_TILE_ROWS)), key=lambda rows: (cost(rows), rows))
 
 
 def joined_slices(blocks: list[slice]) -> Iterator[slice]:

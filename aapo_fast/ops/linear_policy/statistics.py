@@ -145,8 +145,8 @@ class RowKernels(Protocol):
         the panel that was sampled last (``SparsePanels``), or, for kernels whose blocks wait for their entries
         (Triton's), of any whose products are still there.
 
-        Zero at the target, whose entry is ``targets.gradient``. ``out`` is ``products`` itself, or a buffer in a
-        narrower dtype.
+        Zero at the target, whose entry is ``targets.gradient``. ``out`` is ``products`` itself, or narrower: the
+        front of its rows, or a buffer.
         """
 
     def uniforms(self, seed: int, rows: Tensor) -> Tensor:
