@@ -169,21 +169,29 @@ class GRPO(_OfSequences):
         old_logps: (N,) log-probabilities under the policy that sampled. None: on-policy, every ratio is one and only
             its gradient counts.
         clip_low, clip_high: distances of the clip bounds from one; DAPO's "clip higher" is 0.2 and 0.28.
+        dual_clip: c: where A is negative a token loses at most ``-c A``, however large its ratio is (dual-clip PPO,
+            arXiv 1912.09729; TRL's ``delta``, verl's ``clip_ratio_c``, 3 there). None: no such bound.
     """
 
     old_logps: Tensor | None = None
     clip_low: float = 0.2
     clip_high: float = 0.2
+    dual_clip: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_rows("GRPO", "old_logps", self.old_logps, self.sequence_index)
         _check_clip("GRPO", self.clip_low, self.clip_high)
+        if self.dual_clip is not None and not (is_number(self.dual_clip) and self.dual_clip > 1):
+            raise ValueError(f"GRPO: dual_clip={self.dual_clip!r}; give a ratio above one, or None")
 
     def __call__(self, tokens: Tokens) -> Tensor:
         advantage, ratio = self._advantage(tokens), self._ratio(tokens, self.old_logps)
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
-        return -torch.minimum(ratio * advantage, clipped * advantage) / self.num_tokens
+        gain = torch.minimum(ratio * advantage, clipped * advantage)
+        if self.dual_clip is not None:
+            gain = torch.where(advantage < 0, gain.maximum(self.dual_clip * advantage), gain)
+        return -gain / self.num_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,23 +259,32 @@ class SFT:
 
 @dataclass(frozen=True, eq=False)
 class Regularized:
-    """An objective with an entropy bonus and a z-loss: ``l_t + (z_loss * lse_t^2 - entropy_bonus * H_t) / num_tokens``.
+    """An objective with an entropy bonus, a z-loss and a penalty on the distance from a reference policy.
+
+    ``l_t + (kl_penalty * k_t + z_loss * lse_t^2 - entropy_bonus * H_t) / num_tokens``
 
     H_t is the entropy of the row and lse_t the log-sum-exp of its logits (z-loss: ST-MoE, arXiv 2202.08906; PaLM,
-    2204.02311). Both count in every row that has a target, so no row is dropped for want of an advantage: mark padding
-    with ``IGNORE_INDEX``.
+    2204.02311). ``k_t = exp(d) - d - 1`` with ``d = reference_logp_t - logp_t`` estimates the KL divergence from the
+    reference, without bias on tokens that the policy sampled, and is never negative (GRPO, arXiv 2402.03300, eq. 4).
+    They count in every row that has a target, so no row is dropped for want of an advantage: mark padding with
+    ``IGNORE_INDEX``.
 
     Args:
         objective: what to add to.
         num_tokens: completion tokens of the whole optimizer step.
         entropy_bonus: weight of the mean entropy, in nats; positive rewards it.
         z_loss: weight of the mean squared log-sum-exp; 1e-4 is usual.
+        kl_penalty: weight of the mean divergence from the reference ("beta"); GRPO's is 0.04.
+        reference_logps: (N,) log-probabilities of the targets under the reference, at the same temperature. Needed with
+            ``kl_penalty``.
     """
 
     objective: Objective
     num_tokens: float | Tensor
     entropy_bonus: float = 0.0
     z_loss: float = 0.0
+    kl_penalty: float = 0.0
+    reference_logps: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_num_tokens("Regularized", self.num_tokens)
@@ -275,9 +292,25 @@ class Regularized:
             kind = self.objective if isinstance(self.objective, type) else type(self.objective)
             what = "the class" if kind is self.objective else "a"
             raise ValueError(f"Regularized: objective is {what} {kind.__name__}; give an objective")
+        _check_tensor("Regularized", "reference_logps", self.reference_logps)
+        if not is_number(self.kl_penalty):
+            raise ValueError(f"Regularized: kl_penalty={self.kl_penalty!r}; give a number")
+        if self.reference_logps is None:
+            if self.kl_penalty:
+                raise ValueError(f"Regularized: kl_penalty={self.kl_penalty!r} needs reference_logps, (N,)")
+            return
+        covered, own = self._covered(), self.reference_logps.shape
+        if len(own) != 1 or covered not in (None, own[0]):
+            theirs = "" if covered is None else f", the objective covers {covered} rows"
+            raise ValueError(
+                f"Regularized: reference_logps has shape {tuple(own)}{theirs}; give one log-probability a row, (N,)"
+            )
 
     def num_rows(self) -> int | None:
-        """N of the objective, or None if it does not say."""
+        """N of the objective or of ``reference_logps``; None if neither says."""
+        return self._covered() if self.reference_logps is None else self.reference_logps.numel()
+
+    def _covered(self) -> int | None:
         covered = getattr(self.objective, "num_rows", None)
         found: int | None = covered() if covered is not None else None
         return found
@@ -293,6 +326,10 @@ class Regularized:
             losses = losses - (self.entropy_bonus / self.num_tokens) * tokens.entropy
         if self.z_loss:
             losses = losses + (self.z_loss / self.num_tokens) * tokens.logsumexp.square()
+        if self.kl_penalty and self.reference_logps is not None:
+            distance = _at_least_fp32(self.reference_logps[tokens.rows]) - tokens.logps
+            divergence = torch.expm1(distance.clamp(max=LARGEST_LOG_RATIO)) - distance
+            losses = losses + (self.kl_penalty / self.num_tokens) * divergence
         return losses
 
 

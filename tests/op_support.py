@@ -91,12 +91,14 @@ def objectives(n):
         "aapo": af.AAPO(advantages, index, 17.0),
         "grpo": af.GRPO(advantages, index, 17.0),
         "grpo off-policy": af.GRPO(advantages, index, 17.0, old_logps=old, clip_high=0.28),
+        "grpo, dual clip": af.GRPO(advantages, index, 17.0, old_logps=old - 1, dual_clip=1.5),
         "sft": af.SFT(9.0),
         "weighted sft": af.SFT(9.0, weights=torch.arange(n) % 3 * 1.0),
         "cispo": af.CISPO(advantages, index, 17.0, old_logps=old, clip_low=0.5, clip_high=0.28),
         "reinforce, truncated ratios": af.REINFORCE(advantages, index, 17.0, rollout_logps=old, max_ratio=1.1),
         "entropy bonus": af.Regularized(reinforce, 17.0, entropy_bonus=0.3),
         "z-loss": af.Regularized(reinforce, 17.0, z_loss=0.1),
+        "KL penalty": af.Regularized(reinforce, 17.0, kl_penalty=0.2, reference_logps=old),
         "user's, of all three": of_everything,
     }
 

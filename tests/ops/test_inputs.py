@@ -321,8 +321,23 @@ def test_objectives_refuse_what_does_not_fit():
         af.AAPO(torch.ones(1), index, 4.0, max_ratio=None)
     with pytest.raises(ValueError, match="GRPO: clip_low='0.2', clip_high=0.2"):
         af.GRPO(torch.ones(1), index, 4.0, clip_low="0.2")
+    for bound in (1, "3", float("nan")):
+        with pytest.raises(ValueError, match="GRPO: dual_clip=.*; give a ratio above one, or None"):
+            af.GRPO(torch.ones(1), index, 4.0, dual_clip=bound)
     with pytest.raises(ValueError, match="Regularized: objective is the class SFT; give an objective"):
         af.Regularized(af.SFT, 4.0)
+    with pytest.raises(ValueError, match=r"Regularized: kl_penalty=0.1 needs reference_logps, \(N,\)"):
+        af.Regularized(af.SFT(4.0), 4.0, kl_penalty=0.1)
+    with pytest.raises(ValueError, match=r"Regularized: kl_penalty='0.1'; give a number"):
+        af.Regularized(af.SFT(4.0), 4.0, kl_penalty="0.1", reference_logps=torch.zeros(4))
+    with pytest.raises(ValueError, match="Regularized: reference_logps is a list; give a torch.Tensor"):
+        af.Regularized(af.SFT(4.0), 4.0, kl_penalty=0.1, reference_logps=[0.0])
+    with pytest.raises(
+        ValueError, match=r"has shape \(3,\), the objective covers 4 rows; give one log-probability a row"
+    ):
+        af.Regularized(af.SFT(4.0, torch.ones(4)), 4.0, kl_penalty=0.1, reference_logps=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"has shape \(2, 3\); give one log-probability a row"):
+        af.Regularized(af.SFT(4.0), 4.0, kl_penalty=0.1, reference_logps=torch.zeros(2, 3))
     with pytest.raises(ValueError, match="VocabularyShard: start=-3"):
         af.VocabularyShard(None, -3, 17)
     hidden, weight, targets, _ = problem(4, 8, 17)

@@ -9,6 +9,7 @@ from op_support import FirstHalf, problem, relative, run, sequences
 from torch._dynamo.testing import CompileCounter
 
 import aapo_fast as af
+from aapo_fast.objectives import Tokens
 from aapo_fast.ops import dispatch
 from aapo_fast.ops.linear_policy import runs
 
@@ -66,6 +67,59 @@ def test_rows_that_an_objective_leaves_out_are_left_out_when_it_is_regularized(i
     assert all(relative(a, b) < 1e-13 for a, b in zip(others, grads, strict=True))
     entropy, _ = run(implementation, inputs, af.Regularized(FirstHalf(), 12.0, entropy_bonus=0.5))
     assert relative(entropy.loss, out.loss - 0.5 * entropy.entropy.mean()) < 1e-13  # which all rows have
+
+
+def test_dual_clip_bounds_what_a_bad_token_loses():
+    """By hand: ratios of a half, one, two and five, on an advantage of -2 and of 2, between 0.8 and 1.28, up to 3."""
+    ratios = torch.tensor([0.5, 1.0, 2.0, 5.0]).repeat(2)
+    logps = ratios.log().requires_grad_()
+    tokens = Tokens(logps, torch.zeros(8), torch.arange(8), torch.zeros(8))
+    index = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    objective = af.GRPO(torch.tensor([-2.0, 2.0]), index, 1.0, torch.zeros(8), clip_high=0.28, dual_clip=3)
+    losses = objective(tokens)
+    assert torch.allclose(losses, torch.tensor([1.6, 2.0, 4.0, 6.0, -1.0, -2.0, -2.56, -2.56]))
+    losses.sum().backward()
+    assert torch.allclose(logps.grad, torch.tensor([0.0, 2.0, 4.0, 0.0, -1.0, -2.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_kl_penalty_is_the_divergence_from_the_reference_and_its_gradient(implementation):
+    """In rows with a target, whether or not they have an advantage; what is no number in others does not matter."""
+    hidden, weight, targets, _ = problem(12, 8, 50, dtype=torch.float32)
+    targets[::5] = -100
+    reference = torch.linspace(-9, 0, 12)
+    reference[3], reference[::5] = -2000.0, torch.nan
+    objective = af.Regularized(af.SFT(7.0, torch.arange(12.0) % 2), 7.0, kl_penalty=0.3, reference_logps=reference)
+    out, grads = run(implementation, (hidden, weight, targets, None), objective)
+
+    x, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    rows = (targets >= 0).nonzero().squeeze(1)
+    logps = (x @ w.t()).log_softmax(1)[rows, targets[rows]]
+    ratio = reference[rows].double().exp() / logps.exp()
+    divergence = ratio - 1 - (reference[rows].double() - logps)
+    loss = (0.3 * divergence - (rows % 2) * logps).sum() / 7
+    true = torch.autograd.grad(loss, (x, w))
+    assert (divergence >= 0).all() and relative(out.loss.double(), loss) < 1e-6
+    assert all(relative(a.double(), b) < 2e-6 for a, b in zip(grads, true, strict=True))
+
+
+def test_the_estimate_of_the_divergence_is_unbiased():
+    """Summed over all tokens by their probability it is sum_v p_v log(p_v / q_v)."""
+    policy, other = (torch.randn(30, generator=torch.Generator().manual_seed(s)).log_softmax(0) for s in (1, 2))
+    objective = af.Regularized(af.SFT(1.0, torch.zeros(30)), 1.0, kl_penalty=1.0, reference_logps=other)
+    rows = torch.arange(30)
+    estimates = objective(Tokens(policy, torch.zeros(30), rows, torch.zeros(30)))
+    assert (policy.exp() * estimates).sum().item() == pytest.approx(
+        (policy.exp() * (policy - other)).sum().item(), rel=1e-5
+    )
+
+
+def test_a_distant_reference_leaves_the_gradient_finite():
+    reference = torch.zeros(4)
+    objective = af.Regularized(af.SFT(1.0), 1.0, kl_penalty=1.0, reference_logps=reference)
+    logps = torch.tensor([-500.0, -90.0, -1.0, 0.0], requires_grad=True)
+    objective(Tokens(logps, torch.zeros(4), torch.arange(4), torch.zeros(4))).sum().backward()
+    assert logps.grad.isfinite().all()
 
 
 class EverySecondToken(af.AAPO):
