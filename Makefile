@@ -44,7 +44,8 @@ quickstart: $(STAMP)
 
 # Files of their own may be skipped whole, which is no failure: pytest's status 5 is "nothing was run".
 test: $(STAMP) $(VLLM_STAMP) $(TRL_VLLM_STAMP) $(VERL_STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	@echo "The whole suite: some 20 minutes on two cores."
+	$(BIN)/python -m pytest -n $(or $(WORKERS),0) --dist worksteal
 	@if [ -n "$(TRL_VLLM)" ]; then PYTHONPATH=$(TRL_VLLM_FOLDER) $(BIN)/python -m pytest tests/integrations/test_trl_vllm*.py || [ $$? -eq 5 ]; fi
 	@if [ -n "$(VERL)" ]; then PYTHONPATH=$(VERL_FOLDER) $(BIN)/python -m pytest tests/integrations/test_verl*.py || [ $$? -eq 5 ]; fi
 

@@ -29,6 +29,7 @@ Letters: N rows (tokens), C rows of one chunk, B sequences.
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -170,7 +171,8 @@ class GRPO(_OfSequences):
             its gradient counts.
         clip_low, clip_high: distances of the clip bounds from one; DAPO's "clip higher" is 0.2 and 0.28.
         dual_clip: c: where A is negative a token loses at most ``-c A``, however large its ratio is (dual-clip PPO,
-            arXiv 1912.09729; TRL's ``delta``, verl's ``clip_ratio_c``, 3 there). None: no such bound.
+            arXiv 1912.09729; verl's ``clip_ratio_c``, 3 there; above ``1 + clip_high`` TRL's ``delta``). None: no such
+            bound.
     """
 
     old_logps: Tensor | None = None
@@ -182,7 +184,8 @@ class GRPO(_OfSequences):
         super().__post_init__()
         _check_rows("GRPO", "old_logps", self.old_logps, self.sequence_index)
         _check_clip("GRPO", self.clip_low, self.clip_high)
-        if self.dual_clip is not None and not (is_number(self.dual_clip) and self.dual_clip > 1):
+        bound = 2.0 if self.dual_clip is None or torch.compiler.is_compiling() else self.dual_clip
+        if not (is_number(bound) and bound > 1):
             raise ValueError(f"GRPO: dual_clip={self.dual_clip!r}; give a ratio above one, or None")
 
     def __call__(self, tokens: Tokens) -> Tensor:
@@ -264,10 +267,10 @@ class Regularized:
     ``l_t + (kl_penalty * k_t + z_loss * lse_t^2 - entropy_bonus * H_t) / num_tokens``
 
     H_t is the entropy of the row and lse_t the log-sum-exp of its logits (z-loss: ST-MoE, arXiv 2202.08906; PaLM,
-    2204.02311). ``k_t = exp(d) - d - 1`` with ``d = reference_logp_t - logp_t`` estimates the KL divergence from the
-    reference, without bias on tokens that the policy sampled, and is never negative (GRPO, arXiv 2402.03300, eq. 4).
-    They count in every row that has a target, so no row is dropped for want of an advantage: mark padding with
-    ``IGNORE_INDEX``.
+    2204.02311). ``k_t = exp(d) - d - 1`` with ``d = reference_logp_t - logp_t`` is GRPO's (arXiv 2402.03300, eq. 4): on
+    tokens that the policy sampled its mean is KL(policy || reference), and it is never negative; the mean of its
+    gradient is that of KL(reference || policy). They count in every row that has a target, so no row is dropped for
+    want of an advantage: mark padding with ``IGNORE_INDEX``.
 
     Args:
         objective: what to add to.
@@ -276,7 +279,8 @@ class Regularized:
         z_loss: weight of the mean squared log-sum-exp; 1e-4 is usual.
         kl_penalty: weight of the mean divergence from the reference ("beta"); GRPO's is 0.04.
         reference_logps: (N,) log-probabilities of the targets under the reference, at the same temperature. Needed with
-            ``kl_penalty``.
+            ``kl_penalty``, and of every row with a target: as ``linear_logprobs`` gives them under ``no_grad``
+            (``linear_policy_loss`` gives NaN where there is no advantage).
     """
 
     objective: Objective
@@ -293,13 +297,17 @@ class Regularized:
             what = "the class" if kind is self.objective else "a"
             raise ValueError(f"Regularized: objective is {what} {kind.__name__}; give an objective")
         _check_tensor("Regularized", "reference_logps", self.reference_logps)
-        if not is_number(self.kl_penalty):
-            raise ValueError(f"Regularized: kl_penalty={self.kl_penalty!r}; give a number")
+        for field in ("entropy_bonus", "z_loss", "kl_penalty"):
+            weight = getattr(self, field)
+            if not is_number(weight) or not (torch.compiler.is_compiling() or math.isfinite(weight)):
+                raise ValueError(f"Regularized: {field}={weight!r}; give a finite number")
         if self.reference_logps is None:
             if self.kl_penalty:
                 raise ValueError(f"Regularized: kl_penalty={self.kl_penalty!r} needs reference_logps, (N,)")
             return
         covered, own = self._covered(), self.reference_logps.shape
+        if not self.reference_logps.is_floating_point():
+            raise ValueError(f"Regularized: reference_logps is {self.reference_logps.dtype}; give log-probabilities")
         if len(own) != 1 or covered not in (None, own[0]):
             theirs = "" if covered is None else f", the objective covers {covered} rows"
             raise ValueError(
@@ -328,7 +336,8 @@ class Regularized:
             losses = losses + (self.z_loss / self.num_tokens) * tokens.logsumexp.square()
         if self.kl_penalty and self.reference_logps is not None:
             distance = _at_least_fp32(self.reference_logps[tokens.rows]) - tokens.logps
-            divergence = torch.expm1(distance.clamp(max=LARGEST_LOG_RATIO)) - distance
+            distance = distance.clamp(max=LARGEST_LOG_RATIO)  # beyond, without a gradient: e^d would soon be infinite
+            divergence = torch.expm1(distance) - distance
             losses = losses + (self.kl_penalty / self.num_tokens) * divergence
         return losses
 

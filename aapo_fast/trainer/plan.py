@@ -83,7 +83,8 @@ def _training(config: Config, s: Shape, devices: int) -> Iterator[Part]:
         wanted = s.vocab * s.hidden if not config.lora.rank else 0
         gradients, formula = FP32 * (wanted + 3 * rows * s.hidden), "4 V H / N (full) + 12 N T H"
     sparse = config.loss.backward == "sparse"
-    logits = head_buffer_bytes(rows, s, on_gpu=True, half=in_bfloat16(config), sparse=sparse)
+    half = in_bfloat16(config)
+    logits = head_buffer_bytes(rows, s, on_gpu=True, half=half, sparse=sparse, pieces=pieces)
     how = "panels of the N T rows, V / N wide" if pieces else "panels and a chunk of the T rows"
     yield Part("head: logits", logits, "arithmetic", "training", how)
     yield Part("head: gradients", gradients, "arithmetic", "training", formula)
@@ -142,13 +143,22 @@ def in_bfloat16(config: Config) -> bool:
     return config.model.precision != "float32"
 
 
-def head_buffer_bytes(rows: int, s: Shape, on_gpu: bool, half: bool = False, sparse: bool = False) -> float:
-    """Logits and gradient rows that exist at a time in the fused loss (``ops.linear_policy.buffers``)."""
+def head_buffer_bytes(
+    rows: int, s: Shape, on_gpu: bool, half: bool = False, sparse: bool = False, pieces: bool = False
+) -> float:
+    """Logits and gradient rows that exist at a time in the fused loss (``ops.linear_policy.buffers``).
+
+    Args:
+        rows, s: of the pass, and the shape by the rank's own columns.
+        on_gpu, half, sparse: by Triton there; in bfloat16; with sparse rows.
+        pieces: of a vocabulary that is cut up, which has one layout throughout.
+    """
     width = 2 if half else FP32
     budget = gpu_budget(width * s.vocab * s.hidden) if on_gpu else 0
     narrow = torch.bfloat16 if half and on_gpu else torch.float32
-    sizes = sizes_of(rows, s.vocab, s.hidden, torch.float32, narrow, budget)
-    layouts = Layout if sparse and on_gpu else (Layout.DENSE,)
+    first = Layout.SPARSE if sparse and on_gpu and pieces else Layout.DENSE
+    sizes = sizes_of(rows, s.vocab, s.hidden, torch.float32, narrow, budget, first)
+    layouts = Layout if sparse and on_gpu and not pieces else (first,)
     return max(sizes[layout].num_bytes(FP32 * s.vocab, width * s.vocab) for layout in layouts)
 
 

@@ -328,8 +328,11 @@ def test_objectives_refuse_what_does_not_fit():
         af.Regularized(af.SFT, 4.0)
     with pytest.raises(ValueError, match=r"Regularized: kl_penalty=0.1 needs reference_logps, \(N,\)"):
         af.Regularized(af.SFT(4.0), 4.0, kl_penalty=0.1)
-    with pytest.raises(ValueError, match=r"Regularized: kl_penalty='0.1'; give a number"):
-        af.Regularized(af.SFT(4.0), 4.0, kl_penalty="0.1", reference_logps=torch.zeros(4))
+    for field, value in (("kl_penalty", "0.1"), ("kl_penalty", float("nan")), ("z_loss", "1"), ("entropy_bonus", None)):
+        with pytest.raises(ValueError, match=f"Regularized: {field}={value!r}; give a finite number"):
+            af.Regularized(af.SFT(4.0), 4.0, **{field: value}, reference_logps=torch.zeros(4))
+    with pytest.raises(ValueError, match=r"Regularized: reference_logps is torch.int64; give log-probabilities"):
+        af.Regularized(af.SFT(4.0), 4.0, kl_penalty=0.1, reference_logps=torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match="Regularized: reference_logps is a list; give a torch.Tensor"):
         af.Regularized(af.SFT(4.0), 4.0, kl_penalty=0.1, reference_logps=[0.0])
     with pytest.raises(

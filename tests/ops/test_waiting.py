@@ -76,7 +76,7 @@ def test_weights_on_the_device_are_looked_at(monkeypatch):
     """The price of dropping rows; and that this device would tell. No CUDA graph holds that."""
     hidden, weight, targets = operands()
     asked = []
-    monkeypatch.setattr(autograd, "check_may_wait", lambda device, why: asked.append(why))
+    monkeypatch.setattr(autograd, "check_not_captured", lambda device, why: asked.append(why))
     with pytest.raises(NotImplementedError, match="nonzero"):
         af.linear_policy_loss(hidden, weight, targets, af.AAPO(*sequences("meta"), N))
     assert len(asked) == 1 and "all_logps=True" in asked[0]
@@ -84,9 +84,9 @@ def test_weights_on_the_device_are_looked_at(monkeypatch):
 
 def test_what_waits_cannot_be_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    transfer.check_may_wait(META, "nothing")
+    transfer.check_not_captured(META, "nothing")
     with pytest.raises(RuntimeError, match="^cannot be captured in a CUDA graph: it waits; do not$"):
-        transfer.check_may_wait(torch.device("cuda"), "it waits; do not")
+        transfer.check_not_captured(torch.device("cuda"), "it waits; do not")
     for name in ("policy_loss", "logprobs", "logprobs_backward"):
         assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.aapo_fast, name).default.tags
 

@@ -112,12 +112,16 @@ def test_shards_of_four_devices_by_hand():
 
 
 def test_a_head_in_pieces_by_hand():
-    """Of the 400 tokens of four devices, by 3 of 10 columns: dW, and three times all hidden states."""
+    """Of the 400 tokens of four devices, by 3 of 10 columns: dW, and three times all hidden states. Logits in fp32 and
+    gradient rows in bf16 are of all tokens; of sparse rows of the pieces there are logits alone.
+    """
     _, parts, _ = by_hand(4, model={"vocabulary_parallel": True})
     assert parts["gathered weights"] == 4 * (3 * 11 + 3)
-    assert parts["head: logits"] == 4 * 400 * 3 and parts["head: gradients"] == 4 * (3 * 4 + 3 * 400 * 4)
+    assert parts["head: logits"] == 6 * 400 * 3 and parts["head: gradients"] == 4 * (3 * 4 + 3 * 400 * 4)
     _, whole, _ = by_hand(4)
-    assert whole["head: logits"] == 4 * 100 * 10 and whole["head: gradients"] == 4 * (10 * 4 + 2 * 100 * 4)
+    _, sparse, _ = by_hand(4, model={"vocabulary_parallel": True}, loss={"backward": "sparse"})
+    assert sparse["head: logits"] == 4 * 400 * 3
+    assert whole["head: logits"] == 6 * 100 * 10 and whole["head: gradients"] == 4 * (10 * 4 + 2 * 100 * 4)
 
 
 def test_rollouts_are_dealt_out_by_prompt():

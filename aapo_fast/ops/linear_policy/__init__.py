@@ -91,8 +91,8 @@ def linear_policy_loss(
     ``all_logps=True``, or where the objective's ``active()`` is on the CPU, as with vectors there, which are sent along
     (rows without a target are then masked, not dropped). Otherwise their number is read from the device. Sparse rows
     read a count a panel; after a sparse one, with Triton, while the products of the next panel are computed. Where the
-    host does not wait, a CUDA graph can be captured; elsewhere that is refused, and ``torch.compile`` leaves this
-    function out of its own.
+    host does not wait, and the objective has nothing on the CPU, a CUDA graph can be captured; elsewhere that is
+    refused, and ``torch.compile`` leaves this function out of its own.
 
     Gradients reach ``hidden``, ``weight`` and ``bias``, each only if it requires one; they are computed here, in the
     forward, and handed out in the backward: call ``backward`` for each microbatch, since every loss holds its (V, H)

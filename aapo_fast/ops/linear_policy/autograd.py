@@ -18,7 +18,7 @@ from aapo_fast.ops.linear_policy import runs
 from aapo_fast.ops.linear_policy.chunked import Call, Gradients, Pass
 from aapo_fast.ops.linear_policy.memory import new_gradient
 from aapo_fast.ops.linear_policy.statistics import SparseProduct
-from aapo_fast.transfer import check_may_wait, to_device
+from aapo_fast.transfer import check_not_captured, to_device
 
 IGNORE_INDEX = -100
 """A target with this value has no loss and no log-probability, as in ``torch.nn.functional.cross_entropy``."""
@@ -182,7 +182,9 @@ def rows_to_visit(targets: Tensor, mask: Tensor | None, call: Call) -> Tensor | 
         if mask is not None and mask.device.type == "cpu":
             rows = mask.nonzero().squeeze(1)
             return None if rows.numel() == targets.numel() else to_device(rows, targets.device)
-        check_may_wait(targets.device, "the host reads how many rows have a weight; with all_logps=True it does not")
+        check_not_captured(
+            targets.device, "the host reads how many rows have a weight; with all_logps=True it does not"
+        )
     keep = targets != IGNORE_INDEX
     if mask is not None and call.drop_rows:
         keep = keep & mask

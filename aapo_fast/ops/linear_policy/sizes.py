@@ -36,9 +36,10 @@ GPU_TILE_ROWS, GPU_TILE_COLUMNS, MULTIPROCESSORS = 256, 128, 132
 """Of a result of the vendor's products on a Hopper GPU: a multiprocessor computes one such tile at a time. Panels have
 whole tiles, chunks so many rows that those of dX leave few multiprocessors idle (``_chunk_rows``)."""
 
-VISIT_WAVES = 9.5e-5
+VISIT_WAVES = 1.1e-4
 """What one chunk more costs, for it reads and writes dW: so many times H, in waves of dX, a wave being one tile on each
-multiprocessor. Measured at (151936, 4096): 0.8 ms of 2.1 a wave (docs/LOG.md)."""
+multiprocessor. Of the H200's products: 0.93 ms beside 1.65 a wave at (V, H) = (151936, 4096), which is 1.4e-4, and 0.55
+beside 2.9 at (248320, 2048), 0.9e-4."""
 
 
 def gpu_budget(weight_bytes: int) -> int:
@@ -113,22 +114,25 @@ def _chunk_rows(num_rows: int, most: int, hidden: int) -> int:
     """At most ``most`` rows, in whole tiles: so many that the dX of all chunks and their visits to dW take least.
 
     A model of what was measured on an H200: at (H, V) = (4096, 151936) a row's dX takes an eighth longer in chunks of
-    2,816 rows (352 tiles, 2.7 waves) than of 2,048 (1.9 waves); at (2048, 248320) it takes the same in chunks of 256 to
-    2,048 rows (16 to 128 tiles), and its dW an eighth less in chunks of 1,536 than of 1,024.
+    2,816 rows (352 tiles, 2.7 waves) than of 2,048 (1.9 waves); at (2048, 248320) it takes the same, within a
+    twentieth, in chunks of 256 to 4,096 rows (0.1 to 1.9 waves), and its dW an eighth less in chunks of 1,536 than of
+    1,024. What fits in one chunk is one: that writes dW and reads none.
     """
 
     def waves(rows: int) -> float:
-        # Fewer tiles than there are multiprocessors are shared out, along V.
         part = -(-rows // GPU_TILE_ROWS) * -(-hidden // GPU_TILE_COLUMNS) / MULTIPROCESSORS
-        return part if part < 1 else math.ceil(part)
+        return part if part < 2 else math.ceil(part)  # few tiles are shared out among all multiprocessors
 
     def cost(rows: int) -> float:
         full, rest = divmod(num_rows, rows)
         visits = full + (rest > 0)
-        return full * waves(rows) + waves(rest) + VISIT_WAVES * hidden * visits
+        return round(
+            full * waves(rows) + waves(rest) + VISIT_WAVES * hidden * visits, 6
+        )  # of equal ones, the least rows
 
-    most = max(1, min(most, num_rows))
-    largest = most if most == num_rows else _whole(most)
+    if num_rows <= most:
+        return max(1, num_rows)
+    largest = _whole(most)
     return min((largest, *range(GPU_TILE_ROWS, largest, GPU_TILE_ROWS)), key=lambda rows: (cost(rows), rows))
 
 
