@@ -126,9 +126,8 @@ def _chunk_rows(num_rows: int, most: int, hidden: int) -> int:
     def cost(rows: int) -> float:
         full, rest = divmod(num_rows, rows)
         visits = full + (rest > 0)
-        return round(
-            full * waves(rows) + waves(rest) + VISIT_WAVES * hidden * visits, 6
-        )  # of equal ones, the least rows
+        # Rounded: of those that cost the same, the fewest rows.
+        return round(full * waves(rows) + waves(rest) + VISIT_WAVES * hidden * visits, 6)
 
     if num_rows <= most:
         return max(1, num_rows)
