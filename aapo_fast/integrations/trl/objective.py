@@ -42,7 +42,7 @@ class Settings:
 
 
 def clipped(ratio: Tensor, advantages: Tensor, logps: Tensor, settings: Settings) -> Tensor:
-    """Losses (C,) of the clipped surrogate; ``delta`` bounds the ratio from above, which tells where the advantage is negative."""
+    """Losses (C,) of the clipped surrogate; ``delta`` bounds all ratios from above."""
     inside = ratio.clamp(1 - settings.epsilon_low, 1 + settings.epsilon_high)
     bounded = ratio if settings.delta is None else ratio.clamp(max=settings.delta)
     return -torch.minimum(bounded * advantages, inside * advantages)
