@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aapo_fast.objectives import is_number
+from aapo_fast.objective_checks import is_number
 from aapo_fast.ops import dispatch
 from aapo_fast.ops.group_advantages import LARGEST_GROUP, group_advantages
 

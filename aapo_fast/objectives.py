@@ -30,14 +30,21 @@ Letters: N rows (tokens), C rows of one chunk, B sequences.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from aapo_fast.objective_checks import (
+    check_clip,
+    check_num_tokens,
+    check_rows,
+    check_sequences,
+    check_tensor,
+    is_number,
+)
 from aapo_fast.transfer import to_device
 
 
@@ -86,7 +93,7 @@ class _OfSequences:
     num_tokens: float | Tensor
 
     def __post_init__(self) -> None:
-        _check_sequences(type(self).__name__, self.advantages, self.sequence_index, self.num_tokens)
+        check_sequences(type(self).__name__, self.advantages, self.sequence_index, self.num_tokens)
 
     def active(self) -> Tensor:
         """(N,) bool: rows whose sequence has an advantage other than zero."""
@@ -132,7 +139,7 @@ class REINFORCE(_OfSequences):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_rows(type(self).__name__, "rollout_logps", self.rollout_logps, self.sequence_index)
+        check_rows(type(self).__name__, "rollout_logps", self.rollout_logps, self.sequence_index)
         if not (is_number(self.max_ratio) and self.max_ratio > 0):
             raise ValueError(f"{type(self).__name__}: max_ratio={self.max_ratio!r}; it must be a positive number")
 
@@ -182,10 +189,11 @@ class GRPO(_OfSequences):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_rows("GRPO", "old_logps", self.old_logps, self.sequence_index)
-        _check_clip("GRPO", self.clip_low, self.clip_high)
-        bound = 2.0 if self.dual_clip is None or torch.compiler.is_compiling() else self.dual_clip
-        if not (is_number(bound) and bound > 1):
+        check_rows("GRPO", "old_logps", self.old_logps, self.sequence_index)
+        check_clip("GRPO", self.clip_low, self.clip_high)
+        if self.dual_clip is None or torch.compiler.is_compiling():
+            return
+        if not (is_number(self.dual_clip) and self.dual_clip > 1):
             raise ValueError(f"GRPO: dual_clip={self.dual_clip!r}; give a ratio above one, or None")
 
     def __call__(self, tokens: Tokens) -> Tensor:
@@ -215,8 +223,8 @@ class CISPO(_OfSequences):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_rows("CISPO", "old_logps", self.old_logps, self.sequence_index)
-        _check_clip("CISPO", self.clip_low, self.clip_high)
+        check_rows("CISPO", "old_logps", self.old_logps, self.sequence_index)
+        check_clip("CISPO", self.clip_low, self.clip_high)
 
     def __call__(self, tokens: Tokens) -> Tensor:
         weight = self._ratio(tokens, self.old_logps).detach().clamp(1 - self.clip_low, 1 + self.clip_high)
@@ -236,8 +244,8 @@ class SFT:
     weights: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check_num_tokens("SFT", self.num_tokens)
-        _check_tensor("SFT", "weights", self.weights)
+        check_num_tokens("SFT", self.num_tokens)
+        check_tensor("SFT", "weights", self.weights)
         if self.weights is not None and self.weights.ndim != 1:
             raise ValueError(f"SFT: weights has shape {tuple(self.weights.shape)}; give one weight a row, (N,)")
 
@@ -291,12 +299,12 @@ class Regularized:
     reference_logps: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check_num_tokens("Regularized", self.num_tokens)
+        check_num_tokens("Regularized", self.num_tokens)
         if not callable(self.objective) or isinstance(self.objective, type):
             kind = self.objective if isinstance(self.objective, type) else type(self.objective)
             what = "the class" if kind is self.objective else "a"
             raise ValueError(f"Regularized: objective is {what} {kind.__name__}; give an objective")
-        _check_tensor("Regularized", "reference_logps", self.reference_logps)
+        check_tensor("Regularized", "reference_logps", self.reference_logps)
         for field in ("entropy_bonus", "z_loss", "kl_penalty"):
             weight = getattr(self, field)
             if not is_number(weight) or not (torch.compiler.is_compiling() or math.isfinite(weight)):
@@ -354,81 +362,3 @@ def active_rows(objective: Objective | None) -> Tensor | None:
 
 def _at_least_fp32(values: Tensor) -> Tensor:
     return values if values.itemsize >= 4 else values.float()
-
-
-def is_number(value: object, kind: type = numbers.Real) -> bool:
-    """``isinstance`` for the abstract numbers, which NumPy's belong to and the type checker does not know."""
-    return isinstance(value, kind)
-
-
-def _check_tensor(name: str, field: str, values: object) -> None:
-    if values is not None and not isinstance(values, Tensor):
-        raise ValueError(f"{name}: {field} is a {type(values).__name__}; give a torch.Tensor")
-
-
-def _check_num_tokens(name: str, num_tokens: Any) -> None:
-    if isinstance(num_tokens, Tensor):
-        if num_tokens.ndim != 0:
-            raise ValueError(f"{name}: num_tokens has shape {tuple(num_tokens.shape)}; give one number for all rows")
-        # On a GPU the look would wait for the device.
-        if num_tokens.device.type != "cpu":
-            return
-    elif not isinstance(num_tokens, numbers.Real):
-        raise ValueError(f"{name}: num_tokens={num_tokens!r}; give a number, or a tensor without dimensions")
-    # A traced graph should not be bound to the number that it saw first.
-    if torch.compiler.is_compiling():
-        return
-    if not 0 < num_tokens < float("inf"):
-        raise ValueError(
-            f"{name}: num_tokens={float(num_tokens):g}; it divides the loss and must be positive and finite"
-        )
-
-
-def _check_clip(name: str, low: float, high: float) -> None:
-    if not (is_number(low) and is_number(high) and 0 <= low <= 1 and high >= 0):
-        raise ValueError(
-            f"{name}: clip_low={low!r}, clip_high={high!r}; clip_low must lie in [0, 1], clip_high be at least 0"
-        )
-
-
-def _check_rows(name: str, field: str, values: Tensor | None, sequence_index: Tensor) -> None:
-    _check_tensor(name, field, values)
-    if values is not None and values.shape != sequence_index.shape:
-        raise ValueError(
-            f"{name}: {field} has shape {tuple(values.shape)}, sequence_index has {tuple(sequence_index.shape)}; "
-            "give one log-probability a row"
-        )
-
-
-def _check_sequences(name: str, advantages: Tensor, sequence_index: Tensor, num_tokens: float | Tensor) -> None:
-    for field, value in (("advantages", advantages), ("sequence_index", sequence_index)):
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name}: {field} is a {type(value).__name__}; give a torch.Tensor")
-    if advantages.ndim != 1 or not advantages.is_floating_point():
-        raise ValueError(
-            f"{name}: advantages has shape {tuple(advantages.shape)} and dtype {advantages.dtype}; "
-            "give a floating-point vector with one advantage a sequence, (B,)"
-        )
-    if sequence_index.ndim != 1 or sequence_index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"{name}: sequence_index has shape {tuple(sequence_index.shape)} and dtype {sequence_index.dtype}; "
-            "give an int64 vector with the sequence of each row, (N,)"
-        )
-    if advantages.device != sequence_index.device:
-        raise ValueError(
-            f"{name}: advantages is on {advantages.device}, sequence_index is on {sequence_index.device}; put them on "
-            "one device (the CPU will do, whatever device the loss runs on)"
-        )
-    _check_num_tokens(name, num_tokens)
-    # In a traced graph there is nothing to see: the operator looks when it runs.
-    if torch.compiler.is_compiling() or not sequence_index.numel():
-        return
-    if sequence_index.device.type != "cpu":  # a look would make the host wait, so the device asserts
-        good = (sequence_index >= 0) & (sequence_index < advantages.numel())
-        torch._assert_async(good.all(), f"{name}: sequence_index outside [0, {advantages.numel()})")
-        return
-    low, high = sequence_index.aminmax()
-    if low < 0 or high >= advantages.numel():
-        raise ValueError(
-            f"{name}: sequence_index spans {low}..{high} but advantages has {advantages.numel()} sequences"
-        )

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from aapo_fast import __version__, config
 from aapo_fast.cli import bench
@@ -132,34 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", type=Path, metavar="CONFIG.toml", help="settings; what it leaves out has defaults")
     _add_resume(train)
 
-    evaluate = commands.add_parser(
-        "eval",
-        help="pass@k and greedy accuracy of a model, with intervals",
-        description=(
-            "Greedy accuracy and pass@k of a model, with bootstrap intervals: on the held-out problems of a config,\n"
-            "on every row of its data, or on benchmarks. Completions are kept as they come; the same command goes on\n"
-            "from them."
-        ),
-        epilog=(
-            f"Benchmarks: {', '.join(config.benchmark_names())}\n\nExamples:\n"
-            "  aapo-fast eval CONFIG.toml --model.path runs/mine/model\n"
-            "  aapo-fast eval CONFIG.toml --benchmarks aime24,math500=math500.parquet --eval.samples 16\n"
-            "  aapo-fast eval CONFIG.toml --all --data.source test.jsonl\n\nTakes the options of train."
-        ),
-        formatter_class=raw,
-    )
-    evaluate.add_argument("config", type=Path, metavar="CONFIG.toml")
-    evaluate.add_argument(
-        "--benchmarks",
-        default="",
-        metavar="NAME[=SOURCE],...",
-        help="their data, prompts, graders and sampling, not the config's; SOURCE reads a copy of the data",
-    )
-    evaluate.add_argument("--all", action="store_true", help="every row of data.source, not data.held_out of them")
-    evaluate.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="for completions and results (default: evals in run.folder)"
-    )
-
+    _add_evaluate(commands)
     plot = commands.add_parser("plot", help="draw the learning curve of a run")
     plot.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
 
@@ -196,6 +170,36 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_resume(quickstart)
     return parser
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="pass@k and greedy accuracy of a model, with intervals",
+        description=(
+            "Greedy accuracy and pass@k of a model, with bootstrap intervals: on the held-out problems of a config,\n"
+            "on every row of its data, or on benchmarks. Completions are kept as they come; the same command goes on\n"
+            "from them."
+        ),
+        epilog=(
+            f"Benchmarks: {', '.join(config.benchmark_names())}\n\nExamples:\n"
+            "  aapo-fast eval CONFIG.toml --model.path runs/mine/model\n"
+            "  aapo-fast eval CONFIG.toml --benchmarks aime24,math500=math500.parquet --eval.samples 16\n"
+            "  aapo-fast eval CONFIG.toml --all --data.source test.jsonl\n\nTakes the options of train."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evaluate.add_argument("config", type=Path, metavar="CONFIG.toml")
+    evaluate.add_argument(
+        "--benchmarks",
+        default="",
+        metavar="NAME[=SOURCE],...",
+        help="their data, prompts, graders and sampling, not the config's; SOURCE reads a copy of the data",
+    )
+    evaluate.add_argument("--all", action="store_true", help="every row of data.source, not data.held_out of them")
+    evaluate.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="for completions and results (default: evals in run.folder)"
+    )
 
 
 def _add_resume(parser: argparse.ArgumentParser) -> None:

@@ -84,9 +84,9 @@ def _training(config: Config, s: Shape, devices: int) -> Iterator[Part]:
         gradients, formula = FP32 * (wanted + 3 * rows * s.hidden), "4 V H / N (full) + 12 N T H"
     sparse = config.loss.backward == "sparse"
     half = in_bfloat16(config)
-    logits = head_buffer_bytes(rows, s, on_gpu=True, half=half, sparse=sparse, pieces=pieces)
+    buffers = head_buffer_bytes(rows, s, on_gpu=True, half=half, sparse=sparse, pieces=pieces)
     how = "panels of the N T rows, V / N wide" if pieces else "panels and a chunk of the T rows"
-    yield Part("head: logits", logits, "arithmetic", "training", how)
+    yield Part("head: buffers", buffers, "arithmetic", "training", how)
     yield Part("head: gradients", gradients, "arithmetic", "training", formula)
 
 

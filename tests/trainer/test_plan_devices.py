@@ -77,7 +77,7 @@ def test_the_first_of_real_ranks_holds_what_is_planned(tmp_path, world, options)
     columns = replace(shape, vocab=-(-shape.vocab // pieces))
     buffer = plan.head_buffer_bytes(1024 * pieces, columns, on_gpu=False)
     block = 0 if native.why_not() is None else min(buffer, rows_torch.BLOCK_BYTES)
-    at_once = [p for p in parts.values() if p.phase in ("always", "training") and p.name != "head: logits"]
+    at_once = [p for p in parts.values() if p.phase in ("always", "training") and p.name != "head: buffers"]
     planned_most = plan.peak(at_once) + buffer
     if settings.model.activation_checkpointing == "full":
         planned_most -= buffer  # gone when layers are computed again, which is when most is there
@@ -117,11 +117,11 @@ def test_a_head_in_pieces_by_hand():
     """
     _, parts, _ = by_hand(4, model={"vocabulary_parallel": True})
     assert parts["gathered weights"] == 4 * (3 * 11 + 3)
-    assert parts["head: logits"] == 6 * 400 * 3 and parts["head: gradients"] == 4 * (3 * 4 + 3 * 400 * 4)
+    assert parts["head: buffers"] == 6 * 400 * 3 and parts["head: gradients"] == 4 * (3 * 4 + 3 * 400 * 4)
     _, whole, _ = by_hand(4)
     _, sparse, _ = by_hand(4, model={"vocabulary_parallel": True}, loss={"backward": "sparse"})
-    assert sparse["head: logits"] == 4 * 400 * 3
-    assert whole["head: logits"] == 6 * 100 * 10 and whole["head: gradients"] == 4 * (10 * 4 + 2 * 100 * 4)
+    assert sparse["head: buffers"] == 4 * 400 * 3
+    assert whole["head: buffers"] == 6 * 100 * 10 and whole["head: gradients"] == 4 * (10 * 4 + 2 * 100 * 4)
 
 
 def test_rollouts_are_dealt_out_by_prompt():

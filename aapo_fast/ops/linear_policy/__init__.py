@@ -21,7 +21,7 @@ from aapo_fast.objectives import Objective
 from aapo_fast.ops import dispatch
 from aapo_fast.ops.linear_policy import autograd, checks, compiled, reference
 from aapo_fast.ops.linear_policy.autograd import IGNORE_INDEX
-from aapo_fast.ops.linear_policy.chunked import Call
+from aapo_fast.ops.linear_policy.call import Call
 from aapo_fast.ops.linear_policy.sharded import VocabularyShard, whole
 from aapo_fast.ops.linear_policy.statistics import Transform, compute_dtype
 

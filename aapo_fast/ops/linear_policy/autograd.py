@@ -15,7 +15,8 @@ from torch import Tensor
 
 from aapo_fast.objectives import Objective, active_rows
 from aapo_fast.ops.linear_policy import runs
-from aapo_fast.ops.linear_policy.chunked import Call, Gradients, Pass
+from aapo_fast.ops.linear_policy.call import Call
+from aapo_fast.ops.linear_policy.chunked import Gradients, Pass
 from aapo_fast.ops.linear_policy.memory import new_gradient
 from aapo_fast.ops.linear_policy.statistics import SparseProduct
 from aapo_fast.transfer import check_not_captured, to_device

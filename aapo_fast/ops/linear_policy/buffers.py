@@ -48,7 +48,17 @@ def sizes_of(
     budget: int,
     first: Layout = Layout.DENSE,
 ) -> dict[Layout, Sizes]:
-    """Of both layouts of a pass over so many rows that begins with ``first``; arguments as of ``Buffers``."""
+    """Of both layouts.
+
+    Args:
+        num_rows: of the pass.
+        vocab: columns; of the largest shard: sizes are of what all ranks have agreed on, for ranks whose panels differ
+            would wait for each other for ever.
+        hidden: H.
+        dtype, narrow: of logits, and of gradient rows.
+        budget: bytes of all of them, on a GPU; 0 on a CPU.
+        first: the layout that the pass begins with.
+    """
     chunk, panel = buffer_rows(num_rows, vocab, hidden, dtype, narrow, budget)
     rows_after = num_rows if first is Layout.SPARSE else max(1, num_rows - panel)
     in_flight = sparse_panel_rows(rows_after, vocab, dtype, budget)
@@ -62,14 +72,10 @@ class Buffers:
     """Panels of logits, and the place of gradient rows, of a pass.
 
     Args:
-        num_rows: of the pass.
         vocab: V.
-        columns: of the largest shard: sizes are of what all ranks have agreed on, for ranks whose panels differ would
-            wait for each other for ever.
-        hidden: H.
         dtype, narrow: of logits, and of gradient rows.
         device: of all of them.
-        budget: bytes of all of them, on a GPU; 0 on a CPU.
+        sizes: of both layouts.
         layout: the first one.
         both: whether the other layout may follow, in the same memory.
 
@@ -81,20 +87,16 @@ class Buffers:
 
     def __init__(
         self,
-        num_rows: int,
         vocab: int,
-        columns: int,
-        hidden: int,
         dtype: torch.dtype,
         narrow: torch.dtype,
         device: torch.device,
-        budget: int,
+        sizes: dict[Layout, Sizes],
         layout: Layout,
         both: bool,
     ) -> None:
-        self._vocab, self._dtype, self._narrow, self._device = vocab, dtype, narrow, device
-        self._sizes = sizes_of(num_rows, columns, hidden, dtype, narrow, budget, layout)
-        size = max(sizes.num_bytes(self._row_bytes(dtype), self._row_bytes(narrow)) for sizes in self._sizes.values())
+        self._vocab, self._dtype, self._narrow, self._device, self._sizes = vocab, dtype, narrow, device, sizes
+        size = max(kind.num_bytes(self._row_bytes(dtype), self._row_bytes(narrow)) for kind in sizes.values())
         self._memory = torch.empty(size, dtype=torch.uint8, device=device) if both else None
         self.lay_out(layout)
 

@@ -8,7 +8,8 @@ import numbers
 import torch
 from torch import Tensor
 
-from aapo_fast.objectives import Objective, is_number
+from aapo_fast.objective_checks import is_number
+from aapo_fast.objectives import Objective
 from aapo_fast.ops.linear_policy.autograd import IGNORE_INDEX
 from aapo_fast.ops.linear_policy.sharded import VocabularyShard, is_distributed
 

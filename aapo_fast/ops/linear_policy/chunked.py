@@ -4,8 +4,7 @@ A chunk is what one pair of gradient products takes; a panel of it is what one p
 is what the row kernels sweep while it is in cache. Their sizes and places are those of ``buffers.py``: on the CPU panel
 and chunk are one, and gradient rows overwrite the logits.
 
-Reading order: ``Call``, what is asked; ``Pass``, accumulators of a run over the rows. The runs themselves are in
-``runs.py``.
+What is asked is in ``call.py``; here are the accumulators of a run over the rows, and the runs are in ``runs.py``.
 
 Letters: N rows of the call, M rows visited, C rows of a chunk or block, H hidden, V vocabulary of this shard.
 """
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -22,11 +20,11 @@ from torch import Tensor
 
 from aapo_fast.objectives import LinearWeights
 from aapo_fast.ops.linear_policy import targets as at_targets
-from aapo_fast.ops.linear_policy.buffers import Buffers, Layout
+from aapo_fast.ops.linear_policy.buffers import Buffers, Layout, sizes_of
+from aapo_fast.ops.linear_policy.call import Call
 from aapo_fast.ops.linear_policy.memory import new_gradient
 from aapo_fast.ops.linear_policy.products import Products
 from aapo_fast.ops.linear_policy.rows import row_kernels
-from aapo_fast.ops.linear_policy.sharded import VocabularyShard
 from aapo_fast.ops.linear_policy.sizes import gpu_budget, joined_slices
 from aapo_fast.ops.linear_policy.statistics import (
     Coefficients,
@@ -43,35 +41,11 @@ from aapo_fast.ops.linear_policy.statistics import (
     finish,
 )
 from aapo_fast.ops.linear_policy.tries import Tries
+from aapo_fast.transfer import check_not_captured
 
 FLUSH_ENTRIES, GPU_FLUSH_ENTRIES = 4 * 2**20, 8 * 2**20
 """Sparse entries that are gathered before they are spent on the accumulators. On a GPU they are best never spent: with
 no dense rows beside them dW is made from them in the backward, in the weight's dtype and without an accumulator."""
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """What a call asks, beside its tensors and its objective.
-
-    Attributes:
-        transform: from raw products to logits; a per-row temperature is (N,).
-        vocab_size: rows of the weight that are tokens; those beyond are padding.
-        shard: this rank's part of a vocabulary-parallel head, or None.
-        threshold: eps of sparse gradient rows, or None for exact ones.
-        seed: of their sample.
-        implementation: of the row kernels, resolved: "torch", "triton" or "native".
-        drop_rows: leave out rows without weight; if a GPU alone knows them, finding them waits for it once.
-        autocast: what hidden and weight are cast to, or None.
-    """
-
-    transform: Transform
-    vocab_size: int
-    shard: VocabularyShard | None
-    threshold: float | None
-    seed: int
-    implementation: str
-    drop_rows: bool
-    autocast: torch.dtype | None
 
 
 class Gradients(NamedTuple):
@@ -118,6 +92,9 @@ class Pass:
         columns = live if call.shard is None else call.shard.columns
         self.wanted, self._weight_shape = wanted, weight.shape
         self._threshold = call.threshold if self.wants_gradient() else None
+        if self._threshold is not None:
+            why = "with backward='sparse' the host reads how many entries there are; with 'exact' it does not"
+            check_not_captured(hidden.device, why)
         self._buffers = self._allocate(hidden.shape[0], live, columns)
         self._chunk = slice(0, 0)
         first = slice(0, min(self._buffers.panel_rows, hidden.shape[0]))
@@ -151,17 +128,15 @@ class Pass:
 
     def _allocate(self, num_rows: int, vocab: int, columns: int) -> Buffers:
         """Dense rows first, until a panel comes out sparse; of shards, whose entries differ, one layout for all."""
-        device, shard = self.hidden.device, self.call.shard
+        device, shard, narrow = self.hidden.device, self.call.shard, self.products.gradient_dtype
         threshold = self._threshold if shard is None else self.call.threshold  # what no rank has otherwise
         in_flight = threshold is not None and self.call.implementation == "triton"
         self._changes_layout = in_flight and shard is None
         width = self.hidden.shape[1]
-        weight_bytes = columns * width * self.products.weight.itemsize
-        budget = gpu_budget(weight_bytes) if device.type == "cuda" else 0
+        budget = gpu_budget(columns * width * self.products.weight.itemsize) if device.type == "cuda" else 0
         layout = Layout.SPARSE if in_flight and shard is not None else Layout.DENSE
-        narrow = self.products.gradient_dtype
-        sizes = (num_rows, vocab, columns, width)
-        return Buffers(*sizes, self.dtype, narrow, device, budget, layout, self._changes_layout)
+        sizes = sizes_of(num_rows, columns, width, self.dtype, narrow, budget, layout)
+        return Buffers(vocab, self.dtype, narrow, device, sizes, layout, self._changes_layout)
 
     def chunks(self) -> Iterator[slice]:
         """One after the other. ``panels`` ends one early that is followed by sparse rows."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aapo_fast.objectives import Objective, Tokens, active_rows
 from aapo_fast.ops.linear_policy import autograd, checks
-from aapo_fast.ops.linear_policy.chunked import Call
+from aapo_fast.ops.linear_policy.call import Call
 from aapo_fast.ops.linear_policy.statistics import SparseProduct, Transform, compute_dtype
 
 Vectors = tuple[Tensor, Tensor, Tensor]

@@ -14,7 +14,7 @@ from aapo_fast.ops.linear_policy.autograd import (
     rows_to_visit,
     scattered,
 )
-from aapo_fast.ops.linear_policy.chunked import Call
+from aapo_fast.ops.linear_policy.call import Call
 from aapo_fast.ops.linear_policy.statistics import compute_dtype
 from aapo_fast.transfer import to_device
 

@@ -93,8 +93,8 @@ def sparse_panel_rows(num_rows: int, vocab: int, dtype: torch.dtype, budget: int
     if not budget:
         return even_parts(num_rows, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
     most = _whole(budget // 2 // row_bytes)
-    even = even_parts(num_rows, most)
-    return max(1, min(most, num_rows, _up(even, GPU_TILE_ROWS)))
+    even = -(-even_parts(num_rows, most) // GPU_TILE_ROWS) * GPU_TILE_ROWS
+    return max(1, min(most, num_rows, even))
 
 
 def _whole(rows: int) -> int:
@@ -103,10 +103,6 @@ def _whole(rows: int) -> int:
         if rows >= size:
             return rows // size * size
     return max(1, rows)
-
-
-def _up(rows: int, unit: int) -> int:
-    return -(-rows // unit) * unit
 
 
 @functools.lru_cache(maxsize=1024)

@@ -33,7 +33,6 @@ from aapo_fast.ops.linear_policy.kernels_triton import (
     row_vectors,
 )
 from aapo_fast.ops.linear_policy.statistics import Coefficients, Entries, RowStatistics, SparseProduct, Transform
-from aapo_fast.transfer import check_not_captured
 
 DENSE_SHARE = 0.004
 """From this share of the vocabulary on, sparse products cost more than dense ones. By arithmetic, not measured: an
@@ -297,8 +296,6 @@ def _read_later(numbers: Tensor) -> Callable[[], list[float]]:
     """Numbers on the way to the host, which waits for what is queued by now, and not for what is queued later."""
     if not numbers.is_cuda:
         return numbers.tolist
-    why = "with backward='sparse' the host reads how many entries there are; with 'exact' it does not"
-    check_not_captured(numbers.device, why)
     room = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
     room.copy_(numbers, non_blocking=True)
     arrived = torch.cuda.Event()
